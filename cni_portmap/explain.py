@@ -1,0 +1,72 @@
+"""Why a configuration was refused, through the schema: the JSON path, the value, and what was expected.
+
+Off the hot path: jsonschema takes 70 ms to import, so only a refused call pays for it.
+"""
+import json
+import pathlib
+from collections.abc import Iterator
+
+from . import config as parser
+from .config import Refused
+
+SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
+
+
+def explain(config: dict[str, object], refused: Refused) -> tuple[str, str]:
+    """The message and the details of an error document for `config`, which the parser refused."""
+    if refused.reason:
+        return f"{refused.path}: {_short(_value_at(config, refused.path))} is not valid", f"expected {refused.reason}"
+    try:
+        path, value, expected = next(violations(config))
+    except (ImportError, StopIteration):  # jsonschema is missing, or finds nothing: the parser's word stands
+        return f"{refused.path} is not valid", "expected what portmap.schema.json says there"
+    return f"{path}: {_short(value)} is not valid", f"expected {expected}"
+
+
+def violations(config: object) -> "Iterator[tuple[str, object, str]]":
+    """Each place where `config` breaks the schema: JSON path, value, what was expected."""
+    import jsonschema
+    checker = jsonschema.FormatChecker(formats=())
+    checks = {
+        "hostIP": lambda value: type(value) is not str or value == "" or parser.parse_ip(value, ""),
+        "cidr": lambda value: type(value) is not str or parser.parse_cidr(value, ""),
+        "conditionsV4": lambda value: parser.parse_conditions({"conditionsV4": value}, "conditionsV4"),
+        "conditionsV6": lambda value: parser.parse_conditions({"conditionsV6": value}, "conditionsV6"),
+        "portMappings": lambda value: parser.parse_mappings(value, ""),
+    }
+    for name, check in checks.items():
+        checker.checks(name, raises=Refused)(lambda value, check=check: check(value) is not None)
+    validator = jsonschema.Draft7Validator(json.loads(SCHEMA.read_text()), format_checker=checker)
+    errors = [leaf for error in validator.iter_errors(config) for leaf in (error.context or [error])]
+    # The deepest first: it names the value, where the list around it only says that something in it is wrong.
+    for error in sorted(errors, key=lambda error: -len(error.absolute_path)):
+        path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+        schema, reason = error.schema, getattr(error.cause, "reason", "")
+        if error.validator == "required":
+            missing = next(key for key in error.validator_value if key not in error.instance)
+            path, expected, value = f"{path}.{missing}", _description(schema, missing), None
+        else:
+            expected, value = reason or _description(schema), error.instance
+        yield path.lstrip(".") or "the configuration", value, expected
+
+
+def _description(schema: dict[str, object], key: str = "") -> str:
+    if key:
+        schema = schema.get("properties", {}).get(key, {})  # type: ignore[attr-defined]
+    if "not" in schema and "description" not in schema:
+        return "an object with hostPort and containerPort"
+    return str(schema.get("description", "a value that fits the schema"))
+
+
+def _value_at(config: object, path: str) -> object:
+    for step in path.replace("[", ".[").split("."):
+        try:
+            config = config[int(step[1:-1])] if step[0] == "[" else config[step]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return config
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else json.dumps(value)
+    return text if len(text) < 80 else text[:76] + " ..."

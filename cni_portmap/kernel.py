@@ -1,0 +1,333 @@
+"""The only module that touches the kernel: libnftables, what netlink reads, sysctls, namespaces, the lock.
+
+It knows how, and nothing of what: texts come from `ruleset`, decisions from `portmap`. Every failure leaves as
+one CniError that says what to do. libnftables is loaded for the first transaction only.
+"""
+import posix
+import sys
+from _socket import AF_INET, AF_UNIX, SCM_RIGHTS, SOCK_DGRAM, SOL_SOCKET, if_indextoname, socketpair
+
+from . import ruleset
+from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError
+from .netlink import NfTables, expressions, list_elements, route_interface
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    import nftables
+
+DIST_PACKAGES = "/usr/lib/python3/dist-packages"  # where the distribution keeps `nftables`
+LOCK = "/run/cni-portmap.lock"
+LOCK_SECONDS = 30  # 200 plugins at once need less than one
+EPERM, ENOENT, ENOTDIR, EACCES = 1, 2, 20, 13
+CLONE_NEWNET = 0x40000000
+
+HINTS = {
+    EPERM: "run the plugin as root, with CAP_NET_ADMIN in the network namespace of the host",
+    ENOENT: "the kernel may lack nf_tables; try: modprobe nf_tables",
+    28: "no space is left there; free some",
+    30: "the file system is read-only; mount it read-write for the plugin",
+}
+
+
+def failure(what: str, error: OSError) -> CniError:
+    """The CniError for a system call that failed."""
+    return CniError(IO_FAILURE, f"{what}: {posix.strerror(error.errno or 0)}", HINTS.get(error.errno or 0, ""))
+
+
+class Lock:
+    """One plugin process at a time between reading the ruleset and writing it.
+
+    A file lock, so the kernel releases it when its holder dies. The file is root's own: nobody else can open it,
+    and so cannot hold it.
+    """
+
+    def __enter__(self) -> None:
+        import fcntl
+        import _signal
+
+        def give_up(*_: object) -> None:
+            raise CniError(TRY_AGAIN_LATER, f"{LOCK} is held by another call for {LOCK_SECONDS} seconds",
+                           f"see who holds it: fuser -v {LOCK}")
+        try:
+            while True:
+                self._fd = posix.open(LOCK, posix.O_RDWR | posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC, 0o600)
+                status = posix.fstat(self._fd)
+                if status.st_uid != posix.geteuid() or status.st_mode & 0o77:
+                    raise CniError(IO_FAILURE, f"{LOCK} is open to other users", f"remove it: rm {LOCK}")
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    before = _signal.signal(_signal.SIGALRM, give_up)
+                    _signal.setitimer(_signal.ITIMER_REAL, LOCK_SECONDS)
+                    try:
+                        fcntl.flock(self._fd, fcntl.LOCK_EX)
+                    finally:
+                        _signal.setitimer(_signal.ITIMER_REAL, 0)
+                        _signal.signal(_signal.SIGALRM, before)
+                try:
+                    if posix.stat(LOCK).st_ino == status.st_ino:
+                        return
+                except FileNotFoundError:
+                    pass
+                posix.close(self._fd)  # removed while we waited: lock the one that others will find
+        except OSError as error:
+            raise failure(f"cannot lock {LOCK}", error) from None
+
+    def __exit__(self, kind: "type[BaseException] | None", error: BaseException | None,
+                 traceback: "TracebackType | None") -> None:
+        posix.close(self._fd)
+
+
+class Kernel:
+    """This host's kernel, as the verbs see it."""
+
+    def __init__(self) -> None:
+        self._nft: nftables.Nftables | None = None
+        self._tables: NfTables | None = None
+
+    # --- reading ---
+
+    @property
+    def _table(self) -> NfTables:
+        if self._tables is None:
+            self._tables = NfTables(ruleset.TABLE_NAME)
+        return self._tables
+
+    def has_chain(self, chain: str) -> bool:
+        try:
+            return self._table.chain(chain) is not None
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def comments(self, chain: str) -> list[str]:
+        """The comments of a chain's rules, "" for a rule without one."""
+        return [comment for _, comment, _ in self._rules(chain)]
+
+    def owner(self, chain: str) -> ruleset.Owner:
+        """Whom an attachment's chain belongs to."""
+        return ruleset.Owner(chain, _record(self.comments(chain)))
+
+    def owners(self) -> list[ruleset.Owner]:
+        """Whom every attachment's chain belongs to. Reads the whole table."""
+        found: dict[str, list[str]] = {}
+        for chain, comment, _ in self._rules():
+            if chain.startswith("c/"):
+                found.setdefault(chain, []).append(comment)
+        return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
+
+    def _rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
+        try:
+            return [*self._table.rules(chain)]
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def lookup(self, elements: "Iterable[tuple[str, bytes]]") -> dict[tuple[str, bytes], str]:
+        """The chain that each map element (map, key) leads to; those that do not exist are left out."""
+        try:
+            return self._table.lookup(elements)
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def elements_of(self, chains: "Iterable[str]") -> list[tuple[str, bytes]]:
+        """All map elements that lead to one of `chains`: what they own."""
+        try:
+            return [(name, key) for chain in chains for name in ruleset.MAPS
+                    for key, its_chain in self._table.elements(name, chain.encode() + b"\0") if its_chain == chain]
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def claimants(self, name: str, endings: "Iterable[bytes]") -> list[tuple[str, bytes]]:
+        """Chain and ending of each element of a map whose key ends like one of `endings` (protocol and port)."""
+        wanted = frozenset(endings)
+        try:
+            return [(chain, key[-8:]) for key, chain in self._table.elements(name) if key[-8:] in wanted]
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def inode(self, path: str) -> int:
+        """The inode of the network namespace that `path` leads to, 0 where that cannot be known."""
+        try:
+            return posix.stat(path).st_ino
+        except (OSError, ValueError):
+            return 0
+
+    def is_dead(self, owner: ruleset.Owner) -> bool:
+        """Whether an owner's network namespace is provably gone. Who cannot be judged is alive."""
+        if not owner.inode or not owner.netns:
+            return False
+        try:
+            return posix.stat(owner.netns).st_ino != owner.inode
+        except OSError as error:
+            return error.errno in (ENOENT, ENOTDIR)
+        except ValueError:
+            return False
+
+    # --- comparing ---
+
+    def picture(self, chain: str) -> "list[tuple[object, ...]]":
+        """What a chain is, comparable with the same chain elsewhere: how it is hooked, then each of its rules.
+
+        Counters have no values in it, and anonymous sets their elements in place of their names.
+        """
+        try:
+            found = self._table.chain(chain)
+            if found is None:
+                return []
+            hook = tuple(found.get(kind) for kind in (4, 5, 7))  # NFTA_CHAIN_HOOK, _POLICY, _TYPE
+            return [hook, *((comment, *(self._expression(name, fields) for name, fields in expressions(raw)))
+                            for _, comment, raw in self._table.rules(chain))]
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def references(self, chain: str) -> int:
+        """How many map elements and rules lead to `chain` (NFTA_CHAIN_USE less its own rules)."""
+        try:
+            use = (self._table.chain(chain) or {}).get(6, b"")
+            return int.from_bytes(use, "big") - len([*self._table.rules(chain)])
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def _expression(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
+        if name == "counter":
+            return (name,)
+        anonymous = name == "lookup" and found[1].startswith(b"__")
+        if anonymous:
+            elements = sorted(element for answer in self._table.raw_elements(found[1][:-1].decode())
+                              for element in list_elements(answer))
+            return (name, *elements, *(found.get(kind) for kind in (2, 3, 5)))
+        return (name, *sorted(found.items()))
+
+    def is_dormant(self) -> bool:
+        """Whether somebody put the table to sleep: `add table inet cni_portmap { flags dormant; }`."""
+        try:
+            return bool((self._table.flags() or 0) & 1)
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
+    def mirror(self) -> "Kernel":
+        """Move this process to a new, empty network namespace, to write there what should be and look at it."""
+        import ctypes
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+            raise failure("cannot make a network namespace to compare with", OSError(ctypes.get_errno(), ""))
+        return Kernel()
+
+    # --- writing ---
+
+    def lock(self) -> Lock:
+        return Lock()
+
+    def transact(self, text: str) -> None:
+        """Run nft commands as one transaction: all of them or none."""
+        code, _, error = self._libnftables.cmd(text)
+        if code:
+            raise _refusal(error)
+
+    def dry_run(self, text: str) -> str:
+        """What the kernel and nft have against a transaction, as one line; "" for nothing. Writes nothing."""
+        self._libnftables.set_dry_run(True)
+        try:
+            code, _, error = self._libnftables.cmd(text)
+        finally:
+            self._libnftables.set_dry_run(False)
+        return _first_line(error) if code else ""
+
+    @property
+    def _libnftables(self) -> "nftables.Nftables":
+        if self._nft is None:
+            if DIST_PACKAGES not in sys.path:
+                sys.path.append(DIST_PACKAGES)
+            try:
+                # It imports json for a call that we never make: 7 ms. It gets an empty module instead.
+                missing = "json" not in sys.modules
+                if missing:
+                    sys.modules["json"] = type(sys)("json")
+                try:
+                    import nftables
+                finally:
+                    if missing:
+                        del sys.modules["json"]
+                self._nft = nftables.Nftables()
+            except (ImportError, OSError, AttributeError) as error:
+                raise CniError(IO_FAILURE, f"cannot load libnftables: {error}",
+                               "install the package python3-nftables") from None
+        return self._nft
+
+    def allow_localnet(self, ip: str) -> None:
+        """Let packets from 127.0.0.0/8 leave through the interface that leads to `ip`, and no other.
+
+        Source: net.ipv4.conf.*.route_localnet, Documentation/networking/ip-sysctl.rst.
+        """
+        try:
+            interface = if_indextoname(route_interface(AF_INET, ip))
+        except OSError:
+            return  # no route: the container cannot be reached yet, from here or from anywhere
+        path = f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"
+        try:
+            fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
+            try:
+                if posix.read(fd, 1) == b"1":
+                    return
+            finally:
+                posix.close(fd)
+            fd = posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC)
+            try:
+                posix.write(fd, b"1")
+            finally:
+                posix.close(fd)
+        except OSError as error:
+            raise failure(f"cannot write 1 to {path}", error) from None
+
+
+def _record(comments: "Iterable[str]") -> str:
+    """The owner's record at the head of a chain: the comments up to the first rule without one."""
+    record = []
+    for comment in comments:
+        if not comment:
+            break
+        record.append(comment)
+    return "".join(record)
+
+
+def _first_line(error: str) -> str:
+    lines = [line for line in error.splitlines() if line.strip()]
+    message = next((line for line in lines if "Error:" in line), lines[0] if lines else "no reason given")
+    culprit = next((line for line in lines if line is not message and not line.strip(" ^~")[:1] == ""), "")
+    return f"{message.partition('Error: ')[2] or message}{f' ({culprit.strip()[:200]})' if culprit else ''}"
+
+
+def _refusal(error: str) -> CniError:
+    line = _first_line(error)
+    hint = HINTS[EPERM] if "Operation not permitted" in line else "nothing was written"
+    return CniError(NFT_REFUSED, f"nftables refused: {line}", hint)
+
+
+def leave() -> None:
+    """Let the kernel close this process's netlink sockets, without waiting for it.
+
+    After a transaction that deleted something, closing takes 11 to 13 ms (an RCU grace period), though its effect
+    is there at once. So the sockets go into a message to a socket pair that nothing but that message refers to:
+    the kernel's collector of such cycles (unix_gc, a worker of its own since Linux 6.9) closes them. Older kernels
+    collect at once, and this costs what an ordinary close does. No process is left behind.
+    """
+    from array import array
+    try:
+        sockets = [fd for fd in range(3, 32) if _is_socket(fd)]
+        if sockets:
+            near, far = socketpair(AF_UNIX, SOCK_DGRAM)
+            near.sendmsg([b"close"], [(SOL_SOCKET, SCM_RIGHTS, array("i", [far.fileno(), *sockets]))])
+            for fd in sockets:
+                posix.close(fd)
+            near.close()
+            far.close()
+    except OSError:
+        pass  # then they close when the process ends
+
+
+def _is_socket(fd: int) -> bool:
+    try:
+        return posix.fstat(fd).st_mode & 0o170000 == 0o140000
+    except OSError:
+        return False

@@ -1,0 +1,273 @@
+"""The ruleset, as nft text: Attachment -> commands. Pure, and the only module that knows the names in our table.
+
+One table holds everything, and no state is kept anywhere else:
+
+- Verdict maps lead from (address, protocol, port) to the chain of the attachment that owns the port, so that a
+  new connection costs the same with one port published as with ten thousand.
+- An attachment's chain is named after its owner. What the chain owns is what the maps say leads to it: the kernel
+  ignores the value when it deletes a map element, so DEL asks it first which elements are the chain's.
+- Elements are created, never added: the kernel itself refuses a second owner of a key.
+- Conditions and masquerading are in the attachment's own chain, so that no container's setting is another's.
+- What is shared is BASE. Its rules carry comments, by which `kernel` and the reader recognise them.
+
+It does not flush anything that a container owns, touch another table, or read rules back: see `kernel`.
+Source: nft(8).
+"""
+from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+
+from .config import Attachment, Port
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+TABLE_NAME = "cni_portmap"
+TABLE = f"inet {TABLE_NAME}"
+SIGN = "cni-portmap "  # begins the comment of each base rule, with
+VERSION = 1  # of the base, which goes up whenever BASE changes
+COMMENT_MAX = 128  # bytes, NFTNL_UDATA_COMMENT_MAXLEN
+NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
+
+MAPS = {
+    "hostports": "nf_proto . inet_proto . inet_service",
+    "hostip4_hostports": "ipv4_addr . inet_proto . inet_service",
+    "hostip6_hostports": "ipv6_addr . inet_proto . inet_service",
+}
+
+# chain: (its hook, its rules with what their comments say). `dispatch` first: others lead to it.
+BASE: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "dispatch": ("", (
+        ("ip daddr . meta l4proto . th dport vmap @hostip4_hostports", "published on one IPv4 address"),
+        ("ip6 daddr . meta l4proto . th dport vmap @hostip6_hostports", "published on one IPv6 address"),
+        ("meta nfproto . meta l4proto . th dport vmap @hostports", "published on every address"),
+    )),
+    "guard": ("type filter hook prerouting priority raw; policy accept;", (
+        ("iiftype != loopback ip daddr 127.0.0.0/8 counter drop", "no wire leads to our loopback (CVE-2020-8558)"),
+        ("iiftype != loopback ip saddr 127.0.0.0/8 counter drop", "nor comes from it"),
+    )),
+    "prerouting": ("type nat hook prerouting priority dstnat; policy accept;", (
+        ("fib daddr type local goto dispatch", "from the network and from containers"),
+    )),
+    "output": ("type nat hook output priority -100; policy accept;", (
+        ("fib daddr type local goto dispatch", "from this host"),
+    )),
+    "postrouting": ("type nat hook postrouting priority srcnat; policy accept;", ()),  # see `masquerade`
+}
+
+PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
+_PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBERS.items()}
+_NFPROTO = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
+_IP = {4: "ip", 6: "ip6"}
+
+
+def masquerade(bit: int) -> tuple[str, str]:
+    """The rule of `postrouting`, and its comment, that masquerades what a chain marked with `bit`.
+
+    `ct status dnat` keeps a mark that something else has set from having any effect here.
+    """
+    mark = f"{1 << bit:#x}"
+    return f"meta mark & {mark} == {mark} ct status dnat masquerade fully-random", f"markMasqBit {bit}"
+
+
+# --- names ----------------------------------------------------------------------------------------------------
+
+def chain_of(container_id: str, ifname: str) -> str:
+    """The chain of an attachment. What nft cannot hold as a name is hashed; its record then names it in full."""
+    name = f"c/{container_id}/{ifname}"
+    if len(name) <= NAME_MAX and not set("@+~=,").intersection(ifname):
+        return name
+    from hashlib import sha256  # 4 ms, for names that hardly anybody has
+    return f"c/{container_id[:64]}/hash/{sha256(name.encode()).hexdigest()[:32]}"
+
+
+_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/:@+,~")
+
+
+def _escape(value: str) -> str:
+    if _SAFE.issuperset(value):
+        return value
+    return "".join(c if c in _SAFE else "".join(f"%{byte:02x}" for byte in c.encode(errors="replace")) for c in value)
+
+
+def _unescape(value: str) -> str:
+    first, *rest = value.encode().split(b"%")
+    return (first + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest)).decode(errors="replace")
+
+
+class Owner:
+    """Who an attachment's chain belongs to, as the chain's record says; `inode` 0 where it was not known."""
+
+    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode")
+
+    def __init__(self, chain: str, record: str) -> None:
+        fields = dict(field.partition("=")[::2] for field in record.split(" "))
+        _, container_id, ifname = (chain.split("/", 2) + ["", ""])[:3]
+        netns, _, inode = fields.get("netns", "").partition("#")
+        self.chain = chain
+        self.container_id = fields.get("id", container_id)
+        self.ifname = _unescape(fields.get("if", ifname))
+        self.network = fields.get("net", "")
+        self.netns = _unescape(netns)
+        self.inode = int(inode) if inode.isdigit() else 0
+
+    def __str__(self) -> str:
+        return f"container {self.container_id}, interface {self.ifname}, network {self.network or 'unknown'}"
+
+
+def record_of(attachment: Attachment) -> list[str]:
+    """The owner's record as comments; more than one where it is too long for the kernel."""
+    chain = chain_of(attachment.container_id, attachment.ifname)
+    fields = [f"net={attachment.network}", f"netns={_escape(attachment.netns)}#{attachment.inode or ''}"]
+    if chain != f"c/{attachment.container_id}/{attachment.ifname}":
+        fields += [f"id={attachment.container_id}", f"if={_escape(attachment.ifname)}"]
+    record = " ".join(fields)
+    return [record[at:at + COMMENT_MAX] for at in range(0, len(record), COMMENT_MAX)]
+
+
+# --- map elements ---------------------------------------------------------------------------------------------
+
+def map_of(port: Port) -> str:
+    """The verdict map that holds `port`."""
+    return f"hostip{port.family}_hostports" if port.host_ip else "hostports"
+
+
+def key_of(port: Port) -> bytes:
+    """The key of `port` in its map, as the kernel has it: each field padded to 32 bits, in network order."""
+    if port.host_ip:
+        first = inet_pton(AF_INET if port.family == 4 else AF_INET6, port.host_ip)
+    else:
+        first = bytes((_NFPROTO[port.family], 0, 0, 0))
+    return first + bytes((PROTOCOL_NUMBERS[port.protocol], 0, 0, 0)) + port.host_port.to_bytes(2, "big") + b"\0\0"
+
+
+def element_of(map_name: str, key: bytes) -> str:
+    """nft's text for a key, such as "ipv4 . tcp . 8080"."""
+    first = key[:-8]
+    if map_name == "hostports":
+        address = {2: "ipv4", 10: "ipv6"}.get(first[0], str(first[0]))
+    else:
+        address = inet_ntop(AF_INET if len(first) == 4 else AF_INET6, first)
+    return f"{address} . {_PROTOCOLS.get(key[-8], key[-8])} . {int.from_bytes(key[-4:-2], 'big')}"
+
+
+def wildcard_of(port: Port) -> tuple[str, bytes]:
+    """The element (map, key) that would publish a specific address' port on every address."""
+    return "hostports", bytes((_NFPROTO[port.family], 0, 0, 0)) + key_of(port)[-8:]
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+def base_rules(chain: str, bits: "Iterable[int]") -> list[tuple[str, str]]:
+    """The rules of a chain of BASE, each with its comment. `bits`: the mark bits to masquerade."""
+    rules = BASE[chain][1] if chain != "postrouting" else map(masquerade, sorted(bits))
+    return [(rule, f"{SIGN}{VERSION}: {comment}") for rule, comment in rules]
+
+
+def bits_of(comments: "Iterable[str]") -> set[int]:
+    """The mark bits that a `postrouting` chain with these comments masquerades."""
+    prefix = masquerade(0)[1][:-1]
+    return {int(comment.rpartition(prefix)[2]) for comment in comments
+            if prefix in comment and comment.rpartition(prefix)[2].isdigit()}
+
+
+def base(broken: "Iterable[str]", bits: "Iterable[int]") -> str:
+    """Commands that make the table, or rebuild its `broken` chains (names of BASE) where it exists.
+
+    A hooked chain is made anew, because another version may have hooked it elsewhere; what leads to `dispatch`
+    forbids that there. `bits`: the mark bits that `postrouting` has to masquerade.
+    """
+    lines = [f"add table {TABLE}"]
+    lines += (f"add map {TABLE} {name} {{ type {key} : verdict; }}" for name, key in MAPS.items())
+    for chain in (name for name in BASE if name in broken):
+        hook = BASE[chain][0]
+        lines.append(f"add chain {TABLE} {chain}")
+        lines += (f"delete chain {TABLE} {chain}", f"add chain {TABLE} {chain} {{ {hook} }}") if hook else \
+                 (f"flush chain {TABLE} {chain}",)
+        lines += (f'add rule {TABLE} {chain} {rule} comment "{comment}"' for rule, comment in base_rules(chain, bits))
+    return "\n".join(lines) + "\n"
+
+
+def attach(attachment: Attachment) -> str:
+    """Commands that publish the ports of `attachment`: its chain, and the elements that lead there."""
+    chain = chain_of(attachment.container_id, attachment.ifname)
+    rules = [*rules_of(attachment)]
+    lines = [f"create chain {TABLE} {chain}"]
+    lines += (f"add rule {TABLE} {chain} {rule}" for rule in rules)
+    for name in MAPS:
+        keys = [element_of(name, key_of(port)) for port in attachment.ports if map_of(port) == name]
+        if keys:
+            elements = ", ".join(f"{key} : goto {chain}" for key in keys)
+            lines.append(f"create element {TABLE} {name} {{ {elements} }}")
+    return "\n".join(lines) + "\n"
+
+
+def detach(chains: "Iterable[str]", elements: "Iterable[tuple[str, bytes]]") -> str:
+    """Commands that remove the chains of attachments, and the `elements` (map, key) that lead there."""
+    by_map: dict[str, list[str]] = {}
+    for name, key in elements:
+        by_map.setdefault(name, []).append(element_of(name, key))
+    lines = [f"delete element {TABLE} {name} {{ {', '.join(keys)} }}" for name, keys in by_map.items()]
+    lines += (f"delete chain {TABLE} {chain}" for chain in chains)
+    return "\n".join(lines) + "\n"
+
+
+def probe(family: int, conditions: str) -> str:
+    """Commands, for a dry run, that show whether nft takes `conditions` as a match."""
+    table = f"inet {TABLE_NAME}_probe"
+    return f"add table {table}\nadd chain {table} probe\n" \
+           f"add rule {table} probe meta nfproto ipv{family} {conditions}\n"
+
+
+def rules_of(attachment: Attachment) -> "Iterator[str]":
+    """The rules of an attachment's chain, in their order: the record, who is masqueraded, what is published."""
+    for index, part in enumerate(record_of(attachment)):
+        yield f'{"continue" if index else "counter"} comment "{part}"'
+    yield from _marks(attachment)
+    for family, address in sorted(attachment.addresses.items()):
+        ports = [port for port in attachment.ports if port.family == family]
+        for host_ip, protocol in sorted({(port.host_ip, port.protocol) for port in ports}, reverse=True):
+            pairs = sorted((port.host_port, port.container_port) for port in ports
+                           if (port.host_ip, port.protocol) == (host_ip, protocol))
+            match = f"{_IP[family]} daddr {host_ip}" if host_ip else f"meta nfproto ipv{family}"
+            if attachment.conditions.get(family):
+                match += f" {attachment.conditions[family]}"
+            yield from _dnat(f"{match} {protocol} dport", f"dnat {_IP[family]} to", address.ip, protocol, pairs)
+
+
+def _marks(attachment: Attachment) -> "Iterator[str]":
+    """Who is masqueraded: those whose replies would not come back through this host, or everybody (masqAll)."""
+    if attachment.mark_bit is None:
+        return
+    mark = f"meta mark set meta mark | {1 << attachment.mark_bit:#x}"
+    if attachment.masq_all:
+        yield mark
+        return
+    for family, address in sorted(attachment.addresses.items()):
+        yield f"{_IP[family]} saddr {'127.0.0.0/8' if family == 4 else '::1'} {mark}"  # from this host's localhost
+        yield f"{_IP[family]} saddr {address.network} {mark}"  # from the container itself, and its neighbours
+
+
+MANY = 8  # shifted ports. Above, one rule with a map; below, rules, because a map costs libnftables a round trip.
+
+
+def _dnat(match: str, dnat: str, ip: str, protocol: str, pairs: "Sequence[tuple[int, int]]") -> "Iterator[str]":
+    """Rules for `pairs` (host port, container port; sorted): consecutive ports that keep their number share one."""
+    shifted = [(host, container) for host, container in pairs if host != container]
+    same = [host for host, container in pairs if host == container]
+    bare, target = (f"[{ip}]", f"[{ip}]:") if ":" in ip else (ip, f"{ip}:")
+    first = last = 0
+    for port in (*same, 0):
+        if port == last + 1 and first:
+            last = port
+            continue
+        if first:
+            ports, to = (f"{first}-{last}", ip) if first < last else (str(first), f"{target}{first}")
+            yield f"{match} {ports} counter {dnat} {to}"
+        first = last = port
+    if len(shifted) > MANY:
+        hosts = ", ".join(str(host) for host, _ in shifted)
+        to_ports = ", ".join(f"{host} : {container}" for host, container in shifted)
+        yield f"{match} {{ {hosts} }} counter {dnat} {bare}:{protocol} dport map {{ {to_ports} }}"
+    else:
+        for host, container in shifted:
+            yield f"{match} {host} counter {dnat} {target}{container}"
