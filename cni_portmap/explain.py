@@ -15,12 +15,12 @@ SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
 def explain(config: dict[str, object], refused: Refused) -> tuple[str, str]:
     """The message and the details of an error document for `config`, which the parser refused."""
     if refused.reason:
-        return f"{refused.path}: {_short(_value_at(config, refused.path))} is not valid", f"expected {refused.reason}"
+        return f"{refused.path}: {_shorten(_value_at(config, refused.path))} is not valid", f"expected {refused.reason}"
     try:
         path, value, expected = next(violations(config))
     except (ImportError, StopIteration):  # jsonschema is missing, or finds nothing: the parser's word stands
         return f"{refused.path} is not valid", "expected what portmap.schema.json says there"
-    return f"{path}: {_short(value)} is not valid", f"expected {expected}"
+    return f"{path}: {_shorten(value)} is not valid", f"expected {expected}"
 
 
 def violations(config: object) -> "Iterator[tuple[str, object, str]]":
@@ -67,6 +67,6 @@ def _value_at(config: object, path: str) -> object:
     return config
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = "nothing" if value is None else json.dumps(value)
     return text if len(text) < 80 else text[:76] + " ..."

@@ -6,6 +6,7 @@ one CniError that says what to do. libnftables is loaded for the first transacti
 import posix
 import sys
 from _socket import AF_INET, AF_UNIX, SCM_RIGHTS, SOCK_DGRAM, SOL_SOCKET, if_indextoname, socketpair
+from _struct import pack
 
 from . import ruleset
 from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError
@@ -212,7 +213,8 @@ class Kernel:
         import ctypes
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
             raise failure("cannot make a network namespace to compare with", OSError(ctypes.get_errno(), ""))
-        return Kernel()
+        self._mirror = Kernel()  # kept, see `leave`
+        return self._mirror
 
     # --- writing ---
 
@@ -220,19 +222,33 @@ class Kernel:
         return Lock()
 
     def transact(self, text: str) -> None:
-        """Run nft commands as one transaction: all of them or none."""
-        code, _, error = self._libnftables.cmd(text)
-        if code:
-            raise _refusal(error)
+        """Run nft commands, a line each, as one transaction: all of them or none."""
+        problem = self._run(text)
+        if problem:
+            hint = HINTS[EPERM] if "Operation not permitted" in problem else "nothing was written"
+            raise CniError(NFT_REFUSED, f"nftables refused: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
-        """What the kernel and nft have against a transaction, as one line; "" for nothing. Writes nothing."""
+        """What nft or the kernel has against a transaction, "" for nothing. Writes nothing."""
         self._libnftables.set_dry_run(True)
         try:
-            code, _, error = self._libnftables.cmd(text)
+            return self._run(text)
         finally:
             self._libnftables.set_dry_run(False)
-        return _first_line(error) if code else ""
+
+    def _run(self, text: str) -> str:
+        commands = text.splitlines()
+        code, _, error = self._libnftables.cmd(";".join(commands))  # one line: nft's errors count columns, not lines
+        if not code:
+            return ""
+        message, _, rest = error.partition("\n")
+        carets = next((line for line in rest.splitlines() if line and not line.strip(" ^~")), "")
+        at = len(carets) - len(carets.lstrip())
+        for command in commands:
+            if at <= len(command):
+                break
+            at -= len(command) + 1
+        return f"{message.rpartition('Error: ')[2]}, in: {command[:200]}"
 
     @property
     def _libnftables(self) -> "nftables.Nftables":
@@ -291,19 +307,6 @@ def _record(comments: "Iterable[str]") -> str:
     return "".join(record)
 
 
-def _first_line(error: str) -> str:
-    lines = [line for line in error.splitlines() if line.strip()]
-    message = next((line for line in lines if "Error:" in line), lines[0] if lines else "no reason given")
-    culprit = next((line for line in lines if line is not message and not line.strip(" ^~")[:1] == ""), "")
-    return f"{message.partition('Error: ')[2] or message}{f' ({culprit.strip()[:200]})' if culprit else ''}"
-
-
-def _refusal(error: str) -> CniError:
-    line = _first_line(error)
-    hint = HINTS[EPERM] if "Operation not permitted" in line else "nothing was written"
-    return CniError(NFT_REFUSED, f"nftables refused: {line}", hint)
-
-
 def leave() -> None:
     """Let the kernel close this process's netlink sockets, without waiting for it.
 
@@ -312,12 +315,11 @@ def leave() -> None:
     the kernel's collector of such cycles (unix_gc, a worker of its own since Linux 6.9) closes them. Older kernels
     collect at once, and this costs what an ordinary close does. No process is left behind.
     """
-    from array import array
     try:
         sockets = [fd for fd in range(3, 32) if _is_socket(fd)]
         if sockets:
             near, far = socketpair(AF_UNIX, SOCK_DGRAM)
-            near.sendmsg([b"close"], [(SOL_SOCKET, SCM_RIGHTS, array("i", [far.fileno(), *sockets]))])
+            near.sendmsg([b"close"], [(SOL_SOCKET, SCM_RIGHTS, pack(f"={len(sockets) + 1}i", far.fileno(), *sockets))])
             for fd in sockets:
                 posix.close(fd)
             near.close()

@@ -61,7 +61,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
                            f"{found.get(element) or 'nothing'} for {ruleset.element_of(*element)}", "")
     mirror = kernel.mirror()
     bits = {DEFAULT_MARK_BIT, DEFAULT_MARK_BIT if attachment.mark_bit is None else attachment.mark_bit}
-    mirror.transact(ruleset.base(ruleset.BASE, bits) + ruleset.attach(attachment))
+    mirror.transact(ruleset.base(ruleset.BASE, (), bits) + ruleset.attach(attachment))
     for name in names:
         expected = mirror.picture(name)
         if not real[name]:
@@ -100,8 +100,7 @@ def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
 def status(kernel: "Kernel") -> None:
     """Raise CniError(50) with the reason if an ADD could not succeed. Writes nothing."""
     try:
-        _base(None, kernel)
-        problem = kernel.dry_run(ruleset.base(ruleset.BASE, [DEFAULT_MARK_BIT]))
+        problem = kernel.dry_run(_base(None, kernel) or ruleset.base((), ruleset.BASE, [DEFAULT_MARK_BIT]))
     except CniError as error:
         raise CniError(NOT_AVAILABLE, error.msg, error.details) from None
     if problem:
@@ -154,17 +153,17 @@ def _base(bit: int | None, kernel: "Kernel") -> str:
     Raises CniError(103) rather than remove a rule that this plugin did not write.
     """
     bits = {DEFAULT_MARK_BIT, DEFAULT_MARK_BIT if bit is None else bit}
-    broken = []
+    missing, wrong = [], []
     for chain in ruleset.BASE:
         there = kernel.comments(chain)
         rest = iter(there)  # an iterator: `in` also moves past what it finds, so the order counts
         if all(comment in rest for _, comment in ruleset.base_rules(chain, bits)):
             continue
-        broken.append(chain)
+        (wrong if kernel.has_chain(chain) else missing).append(chain)
         for comment in there:
             if not comment.startswith(ruleset.SIGN):
                 raise CniError(FOREIGN_TABLE, f"chain {chain} of table {ruleset.TABLE} must be rebuilt, but has a rule "
                                f"that this plugin did not write", f"see: nft -a list chain {ruleset.TABLE} {chain}")
         if chain == "postrouting":
             bits |= ruleset.bits_of(there)
-    return ruleset.base(broken, bits) if broken else ""
+    return ruleset.base(missing, wrong, bits) if missing or wrong else ""

@@ -170,19 +170,19 @@ def bits_of(comments: "Iterable[str]") -> set[int]:
             if prefix in comment and comment.rpartition(prefix)[2].isdigit()}
 
 
-def base(broken: "Iterable[str]", bits: "Iterable[int]") -> str:
-    """Commands that make the table, or rebuild its `broken` chains (names of BASE) where it exists.
+def base(missing: "Iterable[str]", wrong: "Iterable[str]", bits: "Iterable[int]") -> str:
+    """Commands that make the table, its `missing` chains (names of BASE), and the `wrong` ones anew.
 
-    A hooked chain is made anew, because another version may have hooked it elsewhere; what leads to `dispatch`
+    A hooked chain is replaced, because another version may have hooked it elsewhere; what leads to `dispatch`
     forbids that there. `bits`: the mark bits that `postrouting` has to masquerade.
     """
     lines = [f"add table {TABLE}"]
     lines += (f"add map {TABLE} {name} {{ type {key} : verdict; }}" for name, key in MAPS.items())
-    for chain in (name for name in BASE if name in broken):
+    for chain in (name for name in BASE if name in missing or name in wrong):
         hook = BASE[chain][0]
-        lines.append(f"add chain {TABLE} {chain}")
-        lines += (f"delete chain {TABLE} {chain}", f"add chain {TABLE} {chain} {{ {hook} }}") if hook else \
-                 (f"flush chain {TABLE} {chain}",)
+        if chain in wrong:
+            lines.append(f"{'delete' if hook else 'flush'} chain {TABLE} {chain}")
+        lines.append(f"add chain {TABLE} {chain} {{ {hook} }}" if hook else f"add chain {TABLE} {chain}")
         lines += (f'add rule {TABLE} {chain} {rule} comment "{comment}"' for rule, comment in base_rules(chain, bits))
     return "\n".join(lines) + "\n"
 
