@@ -51,19 +51,22 @@ class Attachment:
 
     `inode`: the network namespace that `netns` led to, 0 where that cannot be known. `addresses`: by family.
     `mark_bit`: 0 to 31, or None where nothing is masqueraded. `conditions`: nft match text by family.
+    `localhost6`: whether [::1] is opened. `refuse_bound`: whether a port that a process of the host uses is refused.
     """
 
     __slots__ = ("container_id", "ifname", "network", "netns", "inode", "addresses", "ports", "mark_bit",
-                 "masq_all", "conditions")
+                 "masq_all", "conditions", "localhost6", "refuse_bound")
 
     def __init__(self, container_id: str, ifname: str, network: str, netns: str = "", inode: int = 0,
                  addresses: dict[int, Address] | None = None, ports: tuple[Port, ...] = (),
                  mark_bit: int | None = None, masq_all: bool = False,
-                 conditions: dict[int, str] | None = None) -> None:
+                 conditions: dict[int, str] | None = None, localhost6: bool = True,
+                 refuse_bound: bool = False) -> None:
         self.container_id, self.ifname, self.network = container_id, ifname, network
         self.netns, self.inode = netns, inode
         self.addresses, self.ports = addresses or {}, ports
         self.mark_bit, self.masq_all, self.conditions = mark_bit, masq_all, conditions or {}
+        self.localhost6, self.refuse_bound = localhost6, refuse_bound
 
 
 def parse(request: Request) -> Attachment:
@@ -116,6 +119,8 @@ def _attachment(request: Request) -> Attachment:
     snat = _flag(config, "snat", True)
     masq_all = _flag(config, "masqAll", False)
     mark_bit = _mark_bit(config)
+    localhost6 = _flag(config, "localhostIPv6", True)
+    refuse_bound = _host_port_in_use(config)
     _backend(config)
     conditions = {4: parse_conditions(config, "conditionsV4"), 6: parse_conditions(config, "conditionsV6")}
     addresses = _addresses(config, request.ifname)
@@ -130,7 +135,7 @@ def _attachment(request: Request) -> Attachment:
         _warn_of_skipped(wanted, addresses)
     ports = tuple(port for port in wanted if port.family in addresses)
     return Attachment(request.container_id, request.ifname, network, request.netns, 0, addresses, ports,
-                      mark_bit if snat else None, masq_all, conditions)
+                      mark_bit if snat else None, masq_all, conditions, localhost6, refuse_bound)
 
 
 def _flag(config: dict[str, object], key: str, default: bool) -> bool:
@@ -159,6 +164,13 @@ def _mark_bit(config: dict[str, object]) -> int:
             raise Refused("externalSetMarkChain", "markMasqBit or externalSetMarkChain, not both")
         warn(f"externalSetMarkChain {chain!r} is not needed: cni-portmap masquerades in its own table")
     return DEFAULT_MARK_BIT if bit is None else _integer(bit, 0, 31, "markMasqBit")
+
+
+def _host_port_in_use(config: dict[str, object]) -> bool:
+    value = config.get("hostPortInUse")
+    if value not in (None, "ignore", "refuse"):
+        raise Refused("hostPortInUse")
+    return value == "refuse"
 
 
 def _backend(config: dict[str, object]) -> None:

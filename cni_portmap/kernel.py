@@ -5,24 +5,31 @@ one CniError that says what to do. libnftables is loaded for the first transacti
 """
 import posix
 import sys
-from _socket import AF_INET, AF_UNIX, SCM_RIGHTS, SOCK_DGRAM, SOL_SOCKET, if_indextoname, socketpair
+from _socket import (AF_INET, AF_INET6, AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV6_V6ONLY, SCM_RIGHTS, SO_REUSEADDR,
+                     SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, if_indextoname, socket, socketpair)
 from _struct import pack
 
 from . import ruleset
-from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError
-from .netlink import NfTables, expressions, list_elements, route_interface
+from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, warn
+from .netlink import (Conntrack, NfTables, add_local_route, dnat_target, expressions, link_kind, list_elements,
+                      local_addresses, route_interface)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     import nftables
 
+    from .netlink import Flow
+
 DIST_PACKAGES = "/usr/lib/python3/dist-packages"  # where the distribution keeps `nftables`
 LOCK = "/run/cni-portmap.lock"
 LOCK_SECONDS = 30  # 200 plugins at once need less than one
-EPERM, ENOENT, ENOTDIR, EACCES = 1, 2, 20, 13
+LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
+FEW_PORTS = 4  # each costs the kernel a look at all connections, 10 ms if there are 100,000
+MANY_FLOWS = 1000  # 10 ms one by one
+EPERM, ENOENT, ENOTDIR, EADDRINUSE = 1, 2, 20, 98
 CLONE_NEWNET = 0x40000000
 
 HINTS = {
@@ -88,6 +95,7 @@ class Kernel:
     def __init__(self) -> None:
         self._nft: nftables.Nftables | None = None
         self._tables: NfTables | None = None
+        self._local: set[bytes] | None = None
 
     # --- reading ---
 
@@ -119,6 +127,13 @@ class Kernel:
                 found.setdefault(chain, []).append(comment)
         return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
 
+    def targets(self, chains: "Iterable[str]") -> dict[str, set[bytes]]:
+        """The container addresses, packed, that each chain translates to."""
+        try:
+            return {chain: {dnat_target(raw) for _, _, raw in self._table.rules(chain)} - {b""} for chain in chains}
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+
     def _rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
         try:
             return [*self._table.rules(chain)]
@@ -132,10 +147,10 @@ class Kernel:
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
 
-    def elements_of(self, chains: "Iterable[str]") -> list[tuple[str, bytes]]:
-        """All map elements that lead to one of `chains`: what they own."""
+    def elements_of(self, chains: "Iterable[str]") -> "list[tuple[tuple[str, bytes], str]]":
+        """All map elements (map, key) that lead to one of `chains`, each with its chain: what they own."""
         try:
-            return [(name, key) for chain in chains for name in ruleset.MAPS
+            return [((name, key), chain) for chain in chains for name in ruleset.MAPS
                     for key, its_chain in self._table.elements(name, chain.encode() + b"\0") if its_chain == chain]
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
@@ -271,23 +286,39 @@ class Kernel:
                                "install the package python3-nftables") from None
         return self._nft
 
+    # --- what surrounds the rules ---
+
+    def is_bound(self, family: int, protocol: str, host_ip: str, host_port: int) -> bool:
+        """Whether a process of this host uses the port, by bind(2)'s own judgement."""
+        kind = SOCK_DGRAM if protocol == "udp" else SOCK_STREAM
+        try:
+            probe = socket(AF_INET if family == 4 else AF_INET6, kind, IPPROTO_SCTP if protocol == "sctp" else 0)
+        except OSError:
+            return False  # no IPv6, or no SCTP: nobody can listen there
+        try:
+            if family == 6:
+                probe.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1)
+            if protocol != "udp":
+                probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)  # connections that end are not listeners
+            probe.bind((host_ip, host_port))
+        except OSError as error:
+            return error.errno == EADDRINUSE
+        finally:
+            probe.close()
+        return False
+
     def allow_localnet(self, ip: str) -> None:
         """Let packets from 127.0.0.0/8 leave through the interface that leads to `ip`, and no other.
 
         Source: net.ipv4.conf.*.route_localnet, Documentation/networking/ip-sysctl.rst.
         """
         try:
-            interface = if_indextoname(route_interface(AF_INET, ip))
+            path = f"/proc/sys/net/ipv4/conf/{if_indextoname(route_interface(4, ip))}/route_localnet"
         except OSError:
             return  # no route: the container cannot be reached yet, from here or from anywhere
-        path = f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"
         try:
-            fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
-            try:
-                if posix.read(fd, 1) == b"1":
-                    return
-            finally:
-                posix.close(fd)
+            if _read(path) == b"1":
+                return
             fd = posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC)
             try:
                 posix.write(fd, b"1")
@@ -295,6 +326,67 @@ class Kernel:
                 posix.close(fd)
         except OSError as error:
             raise failure(f"cannot write 1 to {path}", error) from None
+
+    def allow_localhost6(self, ip: str) -> str:
+        """Let replies to ::1 in through the interface that leads to `ip`; why that is not possible, or "".
+
+        The kernel looks up ::1 only on an interface that has a local route for it (ip6_pol_route, RT6_LOOKUP_F_IFACE).
+        """
+        try:
+            interface = route_interface(6, ip)
+            if _read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and link_kind(interface) == "bridge":
+                return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
+            add_local_route("::1", interface, LOCALHOST_METRIC)
+        except OSError as error:
+            return f"no local route for ::1: {posix.strerror(error.errno or 0)}"
+        return ""
+
+    def forget(self, protocol: int, ports: "Iterable[tuple[int, int]]", is_stale: "Callable[[Flow], bool]",
+               all_of: "Callable[[], Iterable[tuple[int, int, bytes, bytes]]]") -> None:
+        """Let conntrack forget the flows to `ports` (family, port) that `is_stale`.
+
+        Few are forgotten one by one. For many, `all_of` names them as filters that the kernel applies itself:
+        family, port, destination, target. A few ports are looked up one by one, many in one go.
+        """
+        conntrack = Conntrack(protocol)
+        ports = {*ports}
+        if len(ports) > FEW_PORTS:
+            ports = {(family, 0) for family, _ in ports}
+        try:
+            for family, port in ports:
+                stale = []
+                for flow in conntrack.flows(family, port):
+                    if is_stale(flow):
+                        stale.append(flow)
+                        if len(stale) == MANY_FLOWS and port and all([conntrack.forget(*each) for each in all_of()
+                                                                      if each[:2] == (family, port)]):
+                            stale = []
+                            break
+                conntrack.forget_each(stale)
+        except OSError as error:
+            warn(f"stale connections may live on: conntrack: {posix.strerror(error.errno or 0)}")
+
+    def is_local(self, address: bytes) -> bool:
+        """Whether a packed address is this host's own."""
+        return address in self.local_addresses() or address[:1] == b"\x7f" and len(address) == 4
+
+    def local_addresses(self) -> set[bytes]:
+        """This host's addresses, packed."""
+        if self._local is None:
+            self._local = local_addresses()
+        return self._local
+
+
+def _read(path: str) -> bytes:
+    """The first byte of a file, b"" where there is no such file."""
+    try:
+        fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        return posix.read(fd, 1)
+    finally:
+        posix.close(fd)
 
 
 def _record(comments: "Iterable[str]") -> str:

@@ -6,7 +6,7 @@ need the json package to be understood (7 ms); pyroute2 takes 140 ms to import. 
 Source: include/uapi/linux/netlink.h, netfilter/nfnetlink.h, netfilter/nf_tables.h, rtnetlink.h; netlink(7).
 Every call raises OSError with the kernel's errno.
 """
-from _socket import AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, inet_pton, socket
+from _socket import AF_INET, AF_INET6, AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, inet_pton, socket
 from _struct import Struct
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -51,33 +51,36 @@ class Socket:
         self._socket = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol)
         self._sequence = 0
 
-    def ask(self, kind: int, body: bytes, flags: int = _ACK) -> list[bytes]:
-        """The bodies of the answers to one message."""
+    def stream(self, kind: int, body: bytes, flags: int) -> "Iterator[bytes]":
+        """The bodies of the answers to one message, as they come."""
         self._sequence += 1
         self._socket.send(_HEADER.pack(16 + len(body), kind, _REQUEST | flags, self._sequence, 0) + body)
-        answers: list[bytes] = []
         interrupted = False
         while True:
-            for answer, kind, its_flags in self._receive():
+            for answer, its_kind, its_flags in self._receive():
                 interrupted |= bool(its_flags & _DUMP_INTERRUPTED)
-                if kind == _ERROR or kind == _DONE:
+                if its_kind == _ERROR or its_kind == _DONE:
                     code = _INT.unpack_from(answer)[0] if len(answer) >= 4 else 0
                     if code or interrupted:
                         raise OSError(-code or EINTR, "netlink")
-                    return answers
-                answers.append(answer)
+                    return
+                yield answer
+
+    def ask(self, kind: int, body: bytes, flags: int = 0) -> list[bytes]:
+        """The bodies of the answers to one message."""
+        return [*self.stream(kind, body, flags | _ACK)]
 
     def dump(self, kind: int, body: bytes) -> list[bytes]:
         """The bodies of all objects of a kind; asked again where somebody changed them in between."""
         for _ in range(100):
             try:
-                return self.ask(kind, body, _DUMP)
+                return [*self.stream(kind, body, _DUMP)]
             except OSError as error:
                 if error.errno != EINTR:
                     raise
         raise OSError(EINTR, "the ruleset never holds still")
 
-    def ask_each(self, kind: int, bodies: "Iterable[bytes]") -> list[bytes | None]:
+    def ask_each(self, kind: int, bodies: "Iterable[bytes]", flags: int = 0) -> list[bytes | None]:
         """One answer for each message, None where there is nothing of that name (ENOENT)."""
         answers: list[bytes | None] = []
         waiting = [*bodies]
@@ -85,7 +88,7 @@ class Socket:
             batch, waiting = waiting[:64], waiting[64:]  # their answers fit the socket's buffer
             first = self._sequence + 1
             self._sequence += len(batch)
-            self._socket.send(b"".join(_HEADER.pack(16 + len(body), kind, _REQUEST, first + index, 0) + body +
+            self._socket.send(b"".join(_HEADER.pack(16 + len(body), kind, _REQUEST | flags, first + index, 0) + body +
                                        bytes(-len(body) % 4) for index, body in enumerate(batch)))
             received = 0
             while received < len(batch):
@@ -95,9 +98,9 @@ class Socket:
                         answers.append(answer)
                         continue
                     code = -_INT.unpack_from(answer)[0]
-                    if code != ENOENT:
+                    if code not in (0, ENOENT):
                         raise OSError(code, "netlink")
-                    answers.append(None)
+                    answers.append(None if code else b"")
         return answers
 
     def _receive(self) -> "Iterator[tuple[bytes, int, int]]":
@@ -204,17 +207,141 @@ def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
         yield found[1][:-1].decode(), dict(attributes(found.get(2, b"")))
 
 
-# --- routes ---------------------------------------------------------------------------------------------------
+def dnat_target(raw: bytes) -> bytes:
+    """The address, packed, that a rule with these expressions translates destinations to; b"" for none."""
+    registers: dict[bytes, bytes] = {}
+    for name, fields in expressions(raw):
+        if name == "immediate":  # NFTA_IMMEDIATE_DREG, _DATA
+            registers[fields[1]] = dict(attributes(fields[2])).get(1, b"")
+        elif name == "nat":  # NFTA_NAT_REG_ADDR_MIN
+            return registers.get(fields.get(3, b""), b"")
+    return b""
 
-_GETROUTE = 26
+
+# --- conntrack ------------------------------------------------------------------------------------------------
+
+_CT_GET, _CT_DELETE = 1 << 8 | 1, 1 << 8 | 2
+_ORIGINAL, _REPLY, _ID, _FILTER = 1, 2, 12, 25  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID, CTA_FILTER
+_IP, _PROTO = 1, 2  # CTA_TUPLE_IP, CTA_TUPLE_PROTO
+_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3  # CTA_PROTO_NUM, ...
+_F_SOURCE, _F_DESTINATION, _F_NUMBER, _F_DESTINATION_PORT = 1, 2, 8, 32  # CTA_FILTER_FLAG(...)
+_FAMILIES = {4: AF_INET, 6: AF_INET6}
+EINVAL = 22
 
 
-def route_interface(kind: int, ip: str) -> int:
-    """The index of the interface that this host would send packets for `ip` to (RTM_GETROUTE); 0 for none.
+class Flow:
+    """A tracked connection: what its first packet asked for (`destination`, `port`), and who answers (`target`).
 
-    `kind`: AF_INET or AF_INET6.
+    Addresses are packed. `handle`: the attributes that name the flow to the kernel.
     """
-    address = inet_pton(kind, ip)
-    body = bytes((kind, len(address) * 8)) + bytes(10) + attribute(1, address)
+
+    __slots__ = ("family", "destination", "port", "target", "handle")
+
+    def __init__(self, answer: bytes) -> None:
+        found = dict(attributes(answer, 4))
+        self.destination, _, self.port = _tuple(found[_ORIGINAL])
+        _, self.target, _ = _tuple(found[_REPLY])
+        self.family = 4 if len(self.destination) == 4 else 6
+        self.handle = attribute(_ORIGINAL | 0x8000, found[_ORIGINAL]) + attribute(_ID, found.get(_ID, b""))
+
+
+def _tuple(raw: bytes) -> tuple[bytes, bytes, int]:
+    """Destination, source and destination port of one direction of a flow."""
+    found = dict(attributes(raw))
+    ips, proto = dict(attributes(found.get(_IP, b""))), dict(attributes(found.get(_PROTO, b"")))
+    return ips.get(2) or ips.get(4, b""), ips.get(1) or ips.get(3, b""), \
+        int.from_bytes(proto.get(_DESTINATION_PORT, b""), "big")
+
+
+class Conntrack:
+    """The connections of one protocol (a number) that this host tracks. Source: nf_conntrack_netlink.c.
+
+    A message costs the kernel a look at all of them (0.3 us each), so it should be asked seldom. It filters
+    (CTA_FILTER, since Linux 5.8); an older one hands over everything, so callers look at what they get.
+    """
+
+    def __init__(self, protocol: int) -> None:
+        self._protocol = protocol
+
+    def _body(self, family: int, port: int, destination: bytes, target: bytes) -> bytes:
+        """A message about the flows to `port` of `destination` that `target` answers; 0 and b"" for any."""
+        v6 = 2 if family == 6 else 0
+        original = nested(_PROTO, attribute(_NUMBER, bytes((self._protocol,))),
+                          attribute(_DESTINATION_PORT, port.to_bytes(2, "big")))
+        flags = _F_NUMBER | (_F_DESTINATION_PORT if port else 0)
+        if destination:
+            original += nested(_IP, attribute(2 + v6, destination))
+            flags |= _F_DESTINATION
+        body = nested(_ORIGINAL, original)
+        wanted = attribute(1, flags.to_bytes(4, "little"))
+        if target:
+            body += nested(_REPLY, nested(_IP, attribute(1 + v6, target)))
+            wanted += attribute(2, _F_SOURCE.to_bytes(4, "little"))
+        # Version 1 of nfgenmsg makes a deletion heed the family (ctnetlink_del_conntrack).
+        return bytes((_FAMILIES[family], 1, 0, 0)) + body + nested(_FILTER, wanted)
+
+    def flows(self, family: int, port: int) -> "Iterator[Flow]":
+        """The flows of a family to `port` of anybody, 0 for any port."""
+        for answer in Socket(NETLINK_NETFILTER).stream(_CT_GET, self._body(family, port, b"", b""), _DUMP):
+            yield Flow(answer)
+
+    def forget(self, family: int, port: int, destination: bytes, target: bytes) -> bool:
+        """Let the kernel forget the flows that `_body` describes; False where it cannot choose (before 5.8)."""
+        try:
+            Socket(NETLINK_NETFILTER).ask(_CT_DELETE, self._body(family, port, destination, target))
+        except OSError as error:
+            if error.errno == EINVAL:
+                return False
+            if error.errno != ENOENT:
+                raise
+        return True
+
+    def forget_each(self, flows: "Iterable[Flow]") -> None:
+        """Forget these flows; one that is gone already is no error."""
+        bodies = (bytes((_FAMILIES[flow.family], 1, 0, 0)) + flow.handle for flow in flows)
+        Socket(NETLINK_NETFILTER).ask_each(_CT_DELETE, bodies, _ACK)
+
+
+# --- routes, addresses, links ---------------------------------------------------------------------------------
+
+_GETLINK, _GETADDR, _NEWROUTE, _GETROUTE = 18, 22, 24, 26
+_CREATE, _EXCLUSIVE = 0x400, 0x200
+_RT_TABLE_LOCAL, _RTPROT_STATIC, _RTN_LOCAL = 255, 4, 2
+EEXIST = 17
+
+
+def route_interface(family: int, ip: str) -> int:
+    """The index of the interface that this host would send packets for `ip` to; 0 for none."""
+    address = inet_pton(_FAMILIES[family], ip)
+    body = bytes((_FAMILIES[family], len(address) * 8)) + bytes(10) + attribute(1, address)  # rtmsg, RTA_DST
     answer = Socket(NETLINK_ROUTE).ask(_GETROUTE, body)[0]
-    return int.from_bytes(dict(attributes(answer, 12)).get(4, b""), "little")
+    return int.from_bytes(dict(attributes(answer, 12)).get(4, b""), "little")  # RTA_OIF
+
+
+def add_local_route(ip: str, interface: int, metric: int) -> None:
+    """ip -6 route add local <ip> dev <interface> table local metric <metric>, if it is not there."""
+    address = inet_pton(AF_INET6, ip)
+    body = bytes((AF_INET6, len(address) * 8, 0, 0, _RT_TABLE_LOCAL, _RTPROT_STATIC, 0, _RTN_LOCAL, 0, 0, 0, 0)) + \
+        attribute(1, address) + attribute(4, interface.to_bytes(4, "little")) + \
+        attribute(6, metric.to_bytes(4, "little"))  # RTA_DST, RTA_OIF, RTA_PRIORITY
+    try:
+        Socket(NETLINK_ROUTE).ask(_NEWROUTE, body, _CREATE | _EXCLUSIVE)
+    except OSError as error:
+        if error.errno != EEXIST:
+            raise
+
+
+def local_addresses() -> set[bytes]:
+    """The addresses of this host, packed."""
+    found = set()
+    for answer in Socket(NETLINK_ROUTE).dump(_GETADDR, bytes(8)):  # ifaddrmsg
+        address = dict(attributes(answer, 8))
+        found.add(address.get(2) or address.get(1, b""))  # IFA_LOCAL, IFA_ADDRESS
+    return found
+
+
+def link_kind(interface: int) -> str:
+    """What an interface is: "bridge", "veth", ...; "" where it has no kind."""
+    body = bytes(4) + interface.to_bytes(4, "little") + bytes(8)  # ifinfomsg
+    link = dict(attributes(Socket(NETLINK_ROUTE).ask(_GETLINK, body)[0], 16))
+    return dict(attributes(link.get(18, b""))).get(1, b"\0")[:-1].decode()  # IFLA_LINKINFO, IFLA_INFO_KIND

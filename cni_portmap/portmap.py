@@ -3,13 +3,18 @@
 State is in the kernel alone. Between reading and writing it a verb holds the lock; a write is one transaction,
 so whoever is killed at any instant leaves all of it or nothing.
 """
+from _socket import AF_INET, AF_INET6, inet_pton
+
 from . import ruleset
-from .cni import CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NOT_AVAILABLE, PORT_TAKEN, CniError
+from .cni import CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NOT_AVAILABLE, PORT_IN_USE, PORT_TAKEN, CniError, warn
 from .config import DEFAULT_MARK_BIT, Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .kernel import Kernel
+    from .netlink import Flow
 
 
 def add(attachment: Attachment, kernel: "Kernel") -> None:
@@ -17,16 +22,22 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
     attachment.inode = kernel.inode(attachment.netns)
     _try_conditions(attachment, kernel)
+    new = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
     with kernel.lock():
         replaced = _dead_owners(attachment, chain, kernel)
         if kernel.has_chain(chain):
             replaced.append(chain)
+        if attachment.refuse_bound:
+            _refuse_bound(attachment, kernel)
         text = _base(attachment.mark_bit, kernel)
+        owned = kernel.elements_of(replaced)
+        targets = kernel.targets(replaced)
         if replaced:
-            text += ruleset.detach(replaced, kernel.elements_of(replaced))
-        if attachment.mark_bit is not None and 4 in attachment.addresses:
-            kernel.allow_localnet(attachment.addresses[4].ip)
+            text += ruleset.detach(replaced, [element for element, _ in owned])
+        _open_localhost(attachment, kernel)
         kernel.transact(text + ruleset.attach(attachment))
+    _forget_elsewhere(new, attachment, kernel)
+    _forget_released([item for item in owned if item[0] not in new], targets, kernel)
 
 
 def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
@@ -35,8 +46,11 @@ def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
     if not kernel.has_chain(chain):
         return  # most containers publish nothing, and runtimes repeat DEL
     with kernel.lock():
-        if kernel.has_chain(chain):
-            kernel.transact(ruleset.detach([chain], kernel.elements_of([chain])))
+        if not kernel.has_chain(chain):
+            return
+        owned, targets = kernel.elements_of([chain]), kernel.targets([chain])
+        kernel.transact(ruleset.detach([chain], [element for element, _ in owned]))
+    _forget_released(owned, targets, kernel)
 
 
 def check(attachment: Attachment, kernel: "Kernel") -> None:
@@ -167,3 +181,78 @@ def _base(bit: int | None, kernel: "Kernel") -> str:
         if chain == "postrouting":
             bits |= ruleset.bits_of(there)
     return ruleset.base(missing, wrong, bits) if missing or wrong else ""
+
+
+def _refuse_bound(attachment: Attachment, kernel: "Kernel") -> None:
+    """Raise CniError(102) if a process of this host uses one of the ports (hostPortInUse: refuse)."""
+    for port in attachment.ports:
+        if kernel.is_bound(port.family, port.protocol, port.host_ip, port.host_port):
+            raise CniError(PORT_IN_USE, f"{port} is in use by a process of this host",
+                           f"see which: ss -lnp sport = :{port.host_port}")
+
+
+def _open_localhost(attachment: Attachment, kernel: "Kernel") -> None:
+    """Make this host's localhost able to reach the container, where it is published there."""
+    if attachment.mark_bit is None:
+        return  # without masquerading no reply would find back
+    for family, address in attachment.addresses.items():
+        ips = {port.host_ip for port in attachment.ports if port.family == family}
+        if family == 4 and ("" in ips or any(ip.startswith("127.") for ip in ips)):
+            kernel.allow_localnet(address.ip)
+        if family == 6 and attachment.localhost6 and ips & {"", "::1"}:
+            obstacle = kernel.allow_localhost6(address.ip)
+            if obstacle:
+                warn(f"published ports do not answer on [::1]: {obstacle}")
+
+
+# Flows that conntrack still sends where they should not go any more would black-hole a client for as long as it
+# keeps sending (k8s#58336, plugins#123, plugins#1190). Here `claims` are, by protocol number, the ports that changed
+# hands: (family, port) -> the host addresses it is about, packed; b"" for all of them.
+
+def _claims(elements: "Iterable[tuple[str, bytes]]") -> dict[int, dict[tuple[int, int], set[bytes]]]:
+    claims: dict[int, dict[tuple[int, int], set[bytes]]] = {}
+    for family, protocol, host, port in map(ruleset.claim_of, elements):
+        claims.setdefault(protocol, {}).setdefault((family, port), set()).add(host)
+    return claims
+
+
+def _forget_elsewhere(elements: "Iterable[tuple[str, bytes]]", attachment: Attachment, kernel: "Kernel") -> None:
+    """Forget the flows, of protocols that have no connections, to published ports that lead elsewhere."""
+    targets = {family: inet_pton(AF_INET if family == 4 else AF_INET6, address.ip)
+               for family, address in attachment.addresses.items()}
+    for protocol, claims in _claims(elements).items():
+        if protocol == ruleset.PROTOCOL_NUMBERS["tcp"]:
+            continue  # a new connection is a new flow
+
+        def is_stale(flow: "Flow", claims: dict[tuple[int, int], set[bytes]] = claims) -> bool:
+            hosts = claims.get((flow.family, flow.port), ())
+            return bool(hosts) and flow.target != targets.get(flow.family) and \
+                (flow.destination in hosts or b"" in hosts and kernel.is_local(flow.destination))
+
+        def all_of(claims: dict[tuple[int, int], set[bytes]] = claims) -> "list[tuple[int, int, bytes, bytes]]":
+            local = kernel.local_addresses()
+            return [(family, port, host, b"") for (family, port), hosts in claims.items()
+                    for host in (local if b"" in hosts else hosts) if len(host) == (4 if family == 4 else 16)]
+
+        kernel.forget(protocol, claims, is_stale, all_of)
+
+
+def _forget_released(owned: "Iterable[tuple[tuple[str, bytes], str]]", targets: dict[str, set[bytes]],
+                     kernel: "Kernel") -> None:
+    """Forget the flows to ports that are not published any more, to the containers that they led to."""
+    by_chain: dict[str, list[tuple[str, bytes]]] = {}
+    for element, chain in owned:
+        by_chain.setdefault(chain, []).append(element)
+    for chain, elements in by_chain.items():
+        for protocol, claims in _claims(elements).items():
+
+            def is_stale(flow: "Flow", claims: dict[tuple[int, int], set[bytes]] = claims, chain: str = chain) -> bool:
+                hosts = claims.get((flow.family, flow.port), ())
+                return flow.target in targets[chain] and (flow.destination in hosts or b"" in hosts)
+
+            def all_of(claims: dict[tuple[int, int], set[bytes]] = claims,
+                       chain: str = chain) -> "list[tuple[int, int, bytes, bytes]]":
+                return [(family, port, host, target) for (family, port), hosts in claims.items() for host in hosts
+                        for target in targets[chain] if len(target) == (4 if family == 4 else 16)]
+
+            kernel.forget(protocol, claims, is_stale, all_of)

@@ -155,6 +155,13 @@ def wildcard_of(port: Port) -> tuple[str, bytes]:
     return "hostports", bytes((_NFPROTO[port.family], 0, 0, 0)) + key_of(port)[-8:]
 
 
+def claim_of(element: "tuple[str, bytes]") -> tuple[int, int, bytes, int]:
+    """What an element publishes: family, protocol number, host address (packed, b"" for all), host port."""
+    name, key = element
+    family = int(name[6]) if name != "hostports" else 4 if key[0] == _NFPROTO[4] else 6
+    return family, key[-8], b"" if name == "hostports" else key[:-8], int.from_bytes(key[-4:-2], "big")
+
+
 # --- commands -------------------------------------------------------------------------------------------------
 
 def base_rules(chain: str, bits: "Iterable[int]") -> list[tuple[str, str]]:
