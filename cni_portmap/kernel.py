@@ -181,6 +181,18 @@ class Kernel:
         except ValueError:
             return False
 
+    def listing(self) -> str:
+        """The whole table as nft's JSON, "" where there is none; for the operator's command."""
+        nft = self._libnftables
+        nft.set_json_output(True)
+        try:
+            code, output, error = nft.cmd(f"list table {ruleset.TABLE}")
+        finally:
+            nft.set_json_output(False)
+        if code and "No such file" not in error:
+            raise CniError(NFT_REFUSED, f"cannot list table {ruleset.TABLE}: {error.strip()}", HINTS[EPERM])
+        return "" if code else str(output)
+
     # --- comparing ---
 
     def picture(self, chain: str) -> "list[tuple[object, ...]]":

@@ -29,7 +29,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
             replaced.append(chain)
         if attachment.refuse_bound:
             _refuse_bound(attachment, kernel)
-        text = _base(attachment.mark_bit, kernel)
+        text = _base([attachment], kernel)
         owned = kernel.elements_of(replaced)
         targets = kernel.targets(replaced)
         if replaced:
@@ -74,7 +74,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
             raise CniError(CHECK_FAILED, f"{wanted[element]} does not lead to the container: map {element[0]} has "
                            f"{found.get(element) or 'nothing'} for {ruleset.element_of(*element)}", "")
     mirror = kernel.mirror()
-    bits = {DEFAULT_MARK_BIT, DEFAULT_MARK_BIT if attachment.mark_bit is None else attachment.mark_bit}
+    bits = _mark_bits([attachment])
     mirror.transact(ruleset.base(ruleset.BASE, (), bits) + ruleset.attach(attachment))
     for name in names:
         expected = mirror.picture(name)
@@ -114,11 +114,52 @@ def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
 def status(kernel: "Kernel") -> None:
     """Raise CniError(50) with the reason if an ADD could not succeed. Writes nothing."""
     try:
-        problem = kernel.dry_run(_base(None, kernel) or ruleset.base((), ruleset.BASE, [DEFAULT_MARK_BIT]))
+        problem = kernel.dry_run(_base([], kernel) or ruleset.base((), ruleset.BASE, [DEFAULT_MARK_BIT]))
     except CniError as error:
         raise CniError(NOT_AVAILABLE, error.msg, error.details) from None
     if problem:
         raise CniError(NOT_AVAILABLE, f"the kernel does not take our ruleset: {problem}", "see nft list ruleset")
+
+
+def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool = False) \
+        -> "tuple[list[Attachment], list[tuple[Attachment, CniError]]]":
+    """Publish again, in one transaction, what of `attachments` the kernel has lost.
+
+    Returns those that are published again, and those that cannot be, each with the reason. The first of two that
+    claim one port gets it. `dry_run`: nothing is written.
+    """
+    lost: list[Attachment] = []
+    refused: list[tuple[Attachment, CniError]] = []
+    claimed: dict[tuple[str, bytes], Attachment] = {}
+    replaced: set[str] = set()
+    with kernel.lock():
+        for attachment in attachments:
+            chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+            wanted = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
+            if len(kernel.comments(chain)) == len([*ruleset.rules_of(attachment)]) and \
+                    [*kernel.lookup(wanted).values()] == [chain] * len(wanted):
+                claimed |= dict.fromkeys(wanted, attachment)
+                continue
+            try:
+                for element, port in wanted.items():
+                    _refuse_overlap(element, port, attachment, claimed)
+                replaced.update(_dead_owners(attachment, chain, kernel))
+            except CniError as error:
+                refused.append((attachment, error))
+                continue
+            if kernel.has_chain(chain):
+                replaced.add(chain)
+            claimed |= dict.fromkeys(wanted, attachment)
+            lost.append(attachment)
+        text = _base(lost, kernel) if lost else ""
+        if replaced:
+            text += ruleset.detach(replaced, [element for element, _ in kernel.elements_of(replaced)])
+        text += "".join(map(ruleset.attach, lost))
+        if text and not dry_run:
+            for attachment in lost:
+                _open_localhost(attachment, kernel)
+            kernel.transact(text)
+    return lost, refused
 
 
 # --- the steps ------------------------------------------------------------------------------------------------
@@ -161,12 +202,29 @@ def _dead_owners(attachment: Attachment, chain: str, kernel: "Kernel") -> list[s
     return [*taken]
 
 
-def _base(bit: int | None, kernel: "Kernel") -> str:
-    """Commands that make or repair what all attachments share; "" where nothing is missing.
+def _mark_bits(attachments: "Iterable[Attachment]") -> set[int]:
+    return {DEFAULT_MARK_BIT, *(each.mark_bit for each in attachments if each.mark_bit is not None)}
+
+
+def _refuse_overlap(element: tuple[str, bytes], port: Port, attachment: Attachment,
+                    claimed: dict[tuple[str, bytes], Attachment]) -> None:
+    """Raise CniError(101) if another of the attachments that are being restored claims an overlapping port."""
+    overlapping = [element, ruleset.wildcard_of(port)] if port.host_ip else \
+        [other for other in claimed if other == element or
+         other[0] == f"hostip{port.family}_hostports" and other[1][-8:] == element[1][-8:]]
+    for other in overlapping:
+        owner = claimed.get(other, attachment)
+        if (owner.container_id, owner.ifname) != (attachment.container_id, attachment.ifname):
+            raise CniError(PORT_TAKEN, f"{port} is already published by container {owner.container_id}, interface "
+                           f"{owner.ifname}, network {owner.network}")
+
+
+def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:
+    """Commands that make or repair what `attachments` share; "" where nothing is missing.
 
     Raises CniError(103) rather than remove a rule that this plugin did not write.
     """
-    bits = {DEFAULT_MARK_BIT, DEFAULT_MARK_BIT if bit is None else bit}
+    bits = _mark_bits(attachments)
     missing, wrong = [], []
     for chain in ruleset.BASE:
         there = kernel.comments(chain)
