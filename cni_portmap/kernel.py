@@ -27,8 +27,6 @@ DIST_PACKAGES = "/usr/lib/python3/dist-packages"  # where the distribution keeps
 LOCK = "/run/cni-portmap.lock"
 LOCK_SECONDS = 30  # 200 plugins at once need less than one
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
-FEW_PORTS = 4  # each costs the kernel a look at all connections, 10 ms if there are 100,000
-MANY_FLOWS = 1000  # 10 ms one by one
 EPERM, ENOENT, ENOTDIR, EADDRINUSE = 1, 2, 20, 98
 CLONE_NEWNET = 0x40000000
 
@@ -96,6 +94,7 @@ class Kernel:
         self._nft: nftables.Nftables | None = None
         self._tables: NfTables | None = None
         self._local: set[bytes] | None = None
+        self._conntracks: list[Conntrack] = []
 
     # --- reading ---
 
@@ -353,50 +352,46 @@ class Kernel:
             return f"no local route for ::1: {posix.strerror(error.errno or 0)}"
         return ""
 
-    def forget(self, protocol: int, ports: "Iterable[tuple[int, int]]", is_stale: "Callable[[Flow], bool]",
-               all_of: "Callable[[], Iterable[tuple[int, int, bytes, bytes]]]") -> None:
-        """Let conntrack forget the flows to `ports` (family, port) that `is_stale`.
+    def forget(self, protocol: int, filters: "Callable[[], list[tuple[int, int, bytes, bytes]]]",
+               is_stale: "Callable[[Flow], bool]") -> None:
+        """Let conntrack forget stale flows. A failure is one line on stderr.
 
-        Few are forgotten one by one. For many, `all_of` names them as filters that the kernel applies itself:
-        family, port, destination, target. A few ports are looked up one by one, many in one go.
+        Each of `filters` (family, host port, destination, target; b"" for any) names some for the kernel to find and
+        forget by itself. Where that would cost more than to list all flows, `is_stale` picks them from the list.
         """
         conntrack = Conntrack(protocol)
-        ports = {*ports}
-        if len(ports) > FEW_PORTS:
-            ports = {(family, 0) for family, _ in ports}
+        self._conntracks.append(conntrack)
         try:
-            for family, port in ports:
-                stale = []
-                for flow in conntrack.flows(family, port):
-                    if is_stale(flow):
-                        stale.append(flow)
-                        if len(stale) == MANY_FLOWS and port and all([conntrack.forget(*each) for each in all_of()
-                                                                      if each[:2] == (family, port)]):
-                            stale = []
-                            break
-                conntrack.forget_each(stale)
+            count = int(_read("/proc/sys/net/netfilter/nf_conntrack_count", 16) or 0)
+            wanted = filters() if count else []
+            families = {family for family, *_ in wanted}
+            # Measured, in units of 0.3 us: a filter looks at every flow, a list also at every empty bucket (10 ms).
+            if len(wanted) * (400 + count) <= len(families) * (35_000 + count) and \
+                    all([conntrack.forget(*each) for each in wanted]):
+                return
+            for family in families:
+                ports = {port for its_family, port, *_ in wanted if its_family == family}
+                conntrack.forget_each([flow for flow in conntrack.flows(family, ports.pop() if len(ports) == 1 else 0)
+                                       if is_stale(flow)])
         except OSError as error:
             warn(f"stale connections may live on: conntrack: {posix.strerror(error.errno or 0)}")
 
-    def is_local(self, address: bytes) -> bool:
-        """Whether a packed address is this host's own."""
-        return address in self.local_addresses() or address[:1] == b"\x7f" and len(address) == 4
-
     def local_addresses(self) -> set[bytes]:
-        """This host's addresses, packed."""
+        """This host's addresses, packed, but for the link-local ones: no forwarding can begin there (RFC 4291, 2.5.6)."""
         if self._local is None:
-            self._local = local_addresses()
+            self._local = {address for address in local_addresses()
+                           if not (len(address) == 16 and address[0] == 0xfe and address[1] & 0xc0 == 0x80)}
         return self._local
 
 
-def _read(path: str) -> bytes:
-    """The first byte of a file, b"" where there is no such file."""
+def _read(path: str, size: int = 1) -> bytes:
+    """The first bytes of a file, b"" where there is no such file."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
     except FileNotFoundError:
         return b""
     try:
-        return posix.read(fd, 1)
+        return posix.read(fd, size)
     finally:
         posix.close(fd)
 

@@ -262,6 +262,11 @@ class Conntrack:
 
     def __init__(self, protocol: int) -> None:
         self._protocol = protocol
+        self._sockets: list[Socket] = []  # open until this object goes: see kernel.leave
+
+    def _socket(self) -> Socket:
+        self._sockets.append(Socket(NETLINK_NETFILTER))
+        return self._sockets[-1]
 
     def _body(self, family: int, port: int, destination: bytes, target: bytes) -> bytes:
         """A message about the flows to `port` of `destination` that `target` answers; 0 and b"" for any."""
@@ -282,13 +287,13 @@ class Conntrack:
 
     def flows(self, family: int, port: int) -> "Iterator[Flow]":
         """The flows of a family to `port` of anybody, 0 for any port."""
-        for answer in Socket(NETLINK_NETFILTER).stream(_CT_GET, self._body(family, port, b"", b""), _DUMP):
+        for answer in self._socket().stream(_CT_GET, self._body(family, port, b"", b""), _DUMP):
             yield Flow(answer)
 
     def forget(self, family: int, port: int, destination: bytes, target: bytes) -> bool:
         """Let the kernel forget the flows that `_body` describes; False where it cannot choose (before 5.8)."""
         try:
-            Socket(NETLINK_NETFILTER).ask(_CT_DELETE, self._body(family, port, destination, target))
+            self._socket().ask(_CT_DELETE, self._body(family, port, destination, target))
         except OSError as error:
             if error.errno == EINVAL:
                 return False
@@ -298,8 +303,10 @@ class Conntrack:
 
     def forget_each(self, flows: "Iterable[Flow]") -> None:
         """Forget these flows; one that is gone already is no error."""
-        bodies = (bytes((_FAMILIES[flow.family], 1, 0, 0)) + flow.handle for flow in flows)
-        Socket(NETLINK_NETFILTER).ask_each(_CT_DELETE, bodies, _ACK)
+        bodies = [bytes((_FAMILIES[flow.family], 1, 0, 0)) + flow.handle for flow in flows]
+        if not bodies:
+            return
+        self._socket().ask_each(_CT_DELETE, bodies, _ACK)
 
 
 # --- routes, addresses, links ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     _try_conditions(attachment, kernel)
     new = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
     with kernel.lock():
-        replaced = _dead_owners(attachment, chain, kernel)
+        replaced, elsewhere = _settle(attachment, chain, kernel)
         if kernel.has_chain(chain):
             replaced.append(chain)
         if attachment.refuse_bound:
@@ -35,7 +35,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         if replaced:
             text += ruleset.detach(replaced, [element for element, _ in owned])
         _open_localhost(attachment, kernel)
-        kernel.transact(text + ruleset.attach(attachment))
+        kernel.transact(text + ruleset.attach(attachment, elsewhere))
     _forget_elsewhere(new, attachment, kernel)
     _forget_released([item for item in owned if item[0] not in new], targets, kernel)
 
@@ -70,9 +70,10 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     if dormant:
         raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
     for element in wanted:
-        if found.get(element) != chain:
+        leads_to = found.get(element, "")
+        if leads_to != chain and not leads_to.startswith(f"c/{attachment.container_id}/"):
             raise CniError(CHECK_FAILED, f"{wanted[element]} does not lead to the container: map {element[0]} has "
-                           f"{found.get(element) or 'nothing'} for {ruleset.element_of(*element)}", "")
+                           f"{leads_to or 'nothing'} for {ruleset.element_of(*element)}", "")
     mirror = kernel.mirror()
     bits = _mark_bits([attachment])
     mirror.transact(ruleset.base(ruleset.BASE, (), bits) + ruleset.attach(attachment))
@@ -88,9 +89,9 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
                 texts = ruleset.rules_of(attachment) if name == chain else \
                     (f"{rule} comment \"{comment}\"" for rule, comment in ruleset.base_rules(name, bits))
                 raise CniError(CHECK_FAILED, f"chain {name}: a rule is missing or altered", [*texts][index])
-    if references != mirror.references(chain):
-        raise CniError(CHECK_FAILED, f"chain {chain} has {references} references instead of "
-                       f"{mirror.references(chain)}", "a map element that nobody asked for leads to it")
+    if references != [*found.values()].count(chain):
+        raise CniError(CHECK_FAILED, f"more leads to chain {chain} than was asked for",
+                       f"see: nft list table {ruleset.TABLE}")
 
 
 def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
@@ -129,6 +130,7 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
     claim one port gets it. `dry_run`: nothing is written.
     """
     lost: list[Attachment] = []
+    commands: list[str] = []
     refused: list[tuple[Attachment, CniError]] = []
     claimed: dict[tuple[str, bytes], Attachment] = {}
     replaced: set[str] = set()
@@ -143,18 +145,18 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             try:
                 for element, port in wanted.items():
                     _refuse_overlap(element, port, attachment, claimed)
-                replaced.update(_dead_owners(attachment, chain, kernel))
+                dead, elsewhere = _settle(attachment, chain, kernel)
             except CniError as error:
                 refused.append((attachment, error))
                 continue
-            if kernel.has_chain(chain):
-                replaced.add(chain)
+            replaced.update(dead, [chain] if kernel.has_chain(chain) else [])
             claimed |= dict.fromkeys(wanted, attachment)
             lost.append(attachment)
+            commands.append(ruleset.attach(attachment, elsewhere))
         text = _base(lost, kernel) if lost else ""
         if replaced:
             text += ruleset.detach(replaced, [element for element, _ in kernel.elements_of(replaced)])
-        text += "".join(map(ruleset.attach, lost))
+        text += "".join(commands)
         if text and not dry_run:
             for attachment in lost:
                 _open_localhost(attachment, kernel)
@@ -172,10 +174,12 @@ def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
             raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text", problem)
 
 
-def _dead_owners(attachment: Attachment, chain: str, kernel: "Kernel") -> list[str]:
-    """The chains that own a port of `attachment` while their container is gone.
+def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
+        -> "tuple[list[str], set[tuple[str, bytes]]]":
+    """Who owns the ports of `attachment` now: the chains of dead containers, which give way; and the elements that
+    lead to this container through another of its interfaces, which stay (podman publishes on every network).
 
-    Raises CniError(101) where the owner lives: a port has one owner, and it overlaps as in bind(2).
+    Raises CniError(101) where the owner is another and lives: a port has one owner, and it overlaps as in bind(2).
     """
     claims: dict[tuple[str, bytes], Port] = {}
     wildcards: dict[str, dict[bytes, Port]] = {}
@@ -186,20 +190,31 @@ def _dead_owners(attachment: Attachment, chain: str, kernel: "Kernel") -> list[s
             claims.setdefault(ruleset.wildcard_of(port), port)
         else:
             wildcards.setdefault(f"hostip{port.family}_hostports", {})[key[-8:]] = port
-    taken = {owner: claims[element] for element, owner in kernel.lookup(claims).items()}
+    taken: dict[str, Port] = {}
+    elsewhere = set()
+    for element, owner in kernel.lookup(claims).items():
+        if owner != chain and owner.startswith(f"c/{attachment.container_id}/"):
+            warn(f"{claims[element]} leads to this container already, through interface {kernel.owner(owner).ifname}")
+            elsewhere.add(element)
+        else:
+            taken[owner] = claims[element]
     for name, endings in wildcards.items():
         for owner, ending in kernel.claimants(name, endings):
             taken.setdefault(owner, endings[ending])
     taken.pop(chain, None)
+    dead = []
     for other, port in taken.items():
         if not other.startswith("c/"):
             raise CniError(FOREIGN_TABLE, f"{port} is taken by a map element that this plugin did not write",
                            f"find it: nft list table {ruleset.TABLE}")
-        owner = kernel.owner(other)
-        if not kernel.is_dead(owner):
-            raise CniError(PORT_TAKEN, f"{port} is already published by {owner}",
-                           f"its network namespace {owner.netns or '(unknown)'} is alive")
-    return [*taken]
+        its_owner = kernel.owner(other)
+        if its_owner.container_id == attachment.container_id:
+            continue  # its own wildcard beside its own specific address
+        if not kernel.is_dead(its_owner):
+            raise CniError(PORT_TAKEN, f"{port} is already published by {its_owner}",
+                           f"its network namespace {its_owner.netns or '(unknown)'} is alive")
+        dead.append(other)
+    return dead, elsewhere
 
 
 def _mark_bits(attachments: "Iterable[Attachment]") -> set[int]:
@@ -274,25 +289,28 @@ def _claims(elements: "Iterable[tuple[str, bytes]]") -> dict[int, dict[tuple[int
     return claims
 
 
+def _of_family(family: int, addresses: "Iterable[bytes]") -> "list[bytes]":
+    return [address for address in addresses if len(address) == (4 if family == 4 else 16)]
+
+
 def _forget_elsewhere(elements: "Iterable[tuple[str, bytes]]", attachment: Attachment, kernel: "Kernel") -> None:
     """Forget the flows, of protocols that have no connections, to published ports that lead elsewhere."""
-    targets = {family: inet_pton(AF_INET if family == 4 else AF_INET6, address.ip)
+    targets = {inet_pton(AF_INET if family == 4 else AF_INET6, address.ip)
                for family, address in attachment.addresses.items()}
     for protocol, claims in _claims(elements).items():
         if protocol == ruleset.PROTOCOL_NUMBERS["tcp"]:
             continue  # a new connection is a new flow
 
+        def filters(claims: dict[tuple[int, int], set[bytes]] = claims) -> "list[tuple[int, int, bytes, bytes]]":
+            return [(family, port, host, b"") for (family, port), hosts in claims.items()
+                    for host in (_of_family(family, kernel.local_addresses()) if b"" in hosts else hosts)]
+
         def is_stale(flow: "Flow", claims: dict[tuple[int, int], set[bytes]] = claims) -> bool:
             hosts = claims.get((flow.family, flow.port), ())
-            return bool(hosts) and flow.target != targets.get(flow.family) and \
-                (flow.destination in hosts or b"" in hosts and kernel.is_local(flow.destination))
+            return flow.target not in targets and \
+                (flow.destination in hosts or b"" in hosts and flow.destination in kernel.local_addresses())
 
-        def all_of(claims: dict[tuple[int, int], set[bytes]] = claims) -> "list[tuple[int, int, bytes, bytes]]":
-            local = kernel.local_addresses()
-            return [(family, port, host, b"") for (family, port), hosts in claims.items()
-                    for host in (local if b"" in hosts else hosts) if len(host) == (4 if family == 4 else 16)]
-
-        kernel.forget(protocol, claims, is_stale, all_of)
+        kernel.forget(protocol, filters, is_stale)
 
 
 def _forget_released(owned: "Iterable[tuple[tuple[str, bytes], str]]", targets: dict[str, set[bytes]],
@@ -304,13 +322,13 @@ def _forget_released(owned: "Iterable[tuple[tuple[str, bytes], str]]", targets: 
     for chain, elements in by_chain.items():
         for protocol, claims in _claims(elements).items():
 
+            def filters(claims: dict[tuple[int, int], set[bytes]] = claims,
+                        chain: str = chain) -> "list[tuple[int, int, bytes, bytes]]":
+                return [(family, port, host, target) for (family, port), hosts in claims.items()
+                        for host in hosts for target in _of_family(family, targets[chain])]
+
             def is_stale(flow: "Flow", claims: dict[tuple[int, int], set[bytes]] = claims, chain: str = chain) -> bool:
                 hosts = claims.get((flow.family, flow.port), ())
                 return flow.target in targets[chain] and (flow.destination in hosts or b"" in hosts)
 
-            def all_of(claims: dict[tuple[int, int], set[bytes]] = claims,
-                       chain: str = chain) -> "list[tuple[int, int, bytes, bytes]]":
-                return [(family, port, host, target) for (family, port), hosts in claims.items() for host in hosts
-                        for target in targets[chain] if len(target) == (4 if family == 4 else 16)]
-
-            kernel.forget(protocol, claims, is_stale, all_of)
+            kernel.forget(protocol, filters, is_stale)

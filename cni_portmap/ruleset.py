@@ -19,7 +19,7 @@ from .config import Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Container, Iterable, Iterator, Sequence
 
 TABLE_NAME = "cni_portmap"
 TABLE = f"inet {TABLE_NAME}"
@@ -194,16 +194,19 @@ def base(missing: "Iterable[str]", wrong: "Iterable[str]", bits: "Iterable[int]"
     return "\n".join(lines) + "\n"
 
 
-def attach(attachment: Attachment) -> str:
-    """Commands that publish the ports of `attachment`: its chain, and the elements that lead there."""
+def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = ()) -> str:
+    """Commands that publish the ports of `attachment`: its chain, and the elements that lead there.
+
+    `elsewhere`: the elements (map, key) that lead to the container through another of its interfaces, and stay.
+    """
     chain = chain_of(attachment.container_id, attachment.ifname)
     rules = [*rules_of(attachment)]
     lines = [f"create chain {TABLE} {chain}"]
     lines += (f"add rule {TABLE} {chain} {rule}" for rule in rules)
     for name in MAPS:
-        keys = [element_of(name, key_of(port)) for port in attachment.ports if map_of(port) == name]
-        if keys:
-            elements = ", ".join(f"{key} : goto {chain}" for key in keys)
+        keys = [key_of(port) for port in attachment.ports if map_of(port) == name]
+        elements = ", ".join(f"{element_of(name, key)} : goto {chain}" for key in keys if (name, key) not in elsewhere)
+        if elements:
             lines.append(f"create element {TABLE} {name} {{ {elements} }}")
     return "\n".join(lines) + "\n"
 
