@@ -12,7 +12,7 @@ from .cni import VERSIONS, CniError
 from .config import Attachment
 from .explain import violations
 from .kernel import Kernel, leave
-from .report import Published, published, ranges
+from .report import published, ranges
 
 RED, PLAIN = "\033[31m", "\033[0m"
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="machine-readable output")
-    parser = argparse.ArgumentParser(prog="cni-portmap", description="Container ports that are published with nftables.")
+    parser = argparse.ArgumentParser(prog="cni-portmap", description="Container ports published with nftables.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
     sub.add_argument("--cache", metavar="DIR", action="append", help="a results folder of libcni, in place of "
                      f"{', '.join(restore.CACHES)} (may be repeated)")
-    sub.add_argument("--plugin", metavar="TYPE", default="portmap", help="the plugin's type in conflists (default: portmap)")
+    sub.add_argument("--plugin", metavar="TYPE", default="portmap", help="its type in conflists (default: portmap)")
     sub = command("gc", _gc, "remove what containers left behind whose network namespace is gone")
     sub.add_argument("--dry-run", action="store_true", help="show what would be removed, and write nothing")
     sub = command("validate", _validate, "check the portmap part of a CNI configuration file")
@@ -87,9 +87,9 @@ def _end(ip: str, ports: tuple[int, ...]) -> str:
 
 
 def _print_table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     for line in (head, *lines):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         print(f"{RED}{text}{PLAIN}" if line[-1] == "dead" and sys.stdout.isatty() else text)
 
 
@@ -127,8 +127,7 @@ def _restore(options: argparse.Namespace, kernel: Kernel) -> int:
 def _gc(options: argparse.Namespace, kernel: Kernel) -> int:
     dead = [owner for owner in kernel.owners() if kernel.is_dead(owner)]
     if not options.dry_run:
-        for owner in dead:
-            portmap.delete(owner.container_id, owner.ifname, kernel)
+        portmap.remove([owner.chain for owner in dead], kernel)
     if options.json:
         print(json.dumps([{"container": owner.container_id, "interface": owner.ifname, "network": owner.network,
                            "netns": owner.netns} for owner in dead], indent=2))
@@ -173,6 +172,7 @@ def _findings(text: str, plugin: str) -> Iterator[tuple[int, str, str]]:
     if document.get("cniVersion", "0.1.0") not in VERSIONS:
         yield _offset(text, ["cniVersion"]), "cniVersion", f"one of {', '.join(VERSIONS)}"
     plugins = document.get("plugins")
+    entries: list[tuple[list[Any], dict[str, Any]]]
     if plugins is None:
         entries = [([], document)]
     elif isinstance(plugins, list):

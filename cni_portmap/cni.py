@@ -11,7 +11,7 @@ from _json import make_scanner
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
@@ -207,7 +207,7 @@ def _versions(stdin: bytes) -> str:
     return f'{{"cniVersion":{quote(version)},"supportedVersions":[{",".join(map(quote, VERSIONS))}]}}'
 
 
-def respond(handlers: "dict[str, Callable[[Request], str | None]]", environ: dict[str, str],
+def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: dict[str, str],
             read: "Callable[[], bytes]") -> tuple[int, str]:
     """Answer one call: the exit status and the one document for standard output ("" for none).
 
@@ -255,7 +255,7 @@ def warn(line: str) -> None:
     _write(2, f"cni-portmap: {line}\n")
 
 
-def serve(handlers: "dict[str, Callable[[Request], str | None]]", about: str) -> int:
+def serve(handlers: "Mapping[str, Callable[[Request], str | None]]", about: str) -> int:
     """Answer the runtime that started this process; returns the exit status."""
     environ = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in posix.environ.items()
                if key.startswith(b"CNI_")}

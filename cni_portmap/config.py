@@ -278,7 +278,8 @@ def parse_mappings(value: object, at: str) -> list[Port]:
         if type(item) is not dict:
             raise Refused(path)
         host_port = container_port = 0
-        protocol, families, host_ip = "tcp", (4, 6), ""
+        protocol, host_ip = "tcp", ""
+        families: tuple[int, ...] = (4, 6)
         for name, field in item.items():
             key = name.lower()  # containerd capitalises: HostPort
             if key == "hostport":
@@ -343,7 +344,7 @@ def parse_conditions(config: dict[str, object], key: str) -> str:
         words = _from_iptables(words, ip, key)
     inside = False
     for word in words:
-        if word.count('"') not in (0, 2) or word.count('"') == 2 and (word[0] != '"' or word[-1] != '"'):
+        if '"' in word and (word.count('"') != 2 or word[0] != '"' or word[-1] != '"'):
             raise Refused(key, f"a quoted word, such as \"eth0\", in place of {word}")
         for brace in (letter for letter in word if letter in "{}"):
             if inside == (brace == "{"):

@@ -51,8 +51,8 @@ class Lock:
     """
 
     def __enter__(self) -> None:
-        import fcntl
         import _signal
+        import fcntl
 
         def give_up(*_: object) -> None:
             raise CniError(TRY_AGAIN_LATER, f"{LOCK} is held by another call for {LOCK_SECONDS} seconds",
@@ -148,9 +148,11 @@ class Kernel:
 
     def elements_of(self, chains: "Iterable[str]") -> "list[tuple[tuple[str, bytes], str]]":
         """All map elements (map, key) that lead to one of `chains`, each with its chain: what they own."""
+        wanted = {*chains}
+        needle = b"c/" if len(wanted) > 1 else "".join(wanted).encode() + b"\0"
         try:
-            return [((name, key), chain) for chain in chains for name in ruleset.MAPS
-                    for key, its_chain in self._table.elements(name, chain.encode() + b"\0") if its_chain == chain]
+            return [((name, key), chain) for name in ruleset.MAPS if wanted
+                    for key, chain in self._table.elements(name, needle) if chain in wanted]
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
 
@@ -367,7 +369,7 @@ class Kernel:
             families = {family for family, *_ in wanted}
             # Measured, in units of 0.3 us: a filter looks at every flow, a list also at every empty bucket (10 ms).
             if len(wanted) * (400 + count) <= len(families) * (35_000 + count) and \
-                    all([conntrack.forget(*each) for each in wanted]):
+                    all(conntrack.forget(*each) for each in wanted):
                 return
             for family in families:
                 ports = {port for its_family, port, *_ in wanted if its_family == family}
@@ -377,10 +379,10 @@ class Kernel:
             warn(f"stale connections may live on: conntrack: {posix.strerror(error.errno or 0)}")
 
     def local_addresses(self) -> set[bytes]:
-        """This host's addresses, packed, but for the link-local ones: no forwarding can begin there (RFC 4291, 2.5.6)."""
+        """This host's addresses, packed; not the link-local ones, which nothing is forwarded from (RFC 4291, 2.5.6)."""
         if self._local is None:
             self._local = {address for address in local_addresses()
-                           if not (len(address) == 16 and address[0] == 0xfe and address[1] & 0xc0 == 0x80)}
+                           if len(address) == 4 or address[0] != 0xfe or address[1] & 0xc0 != 0x80}
         return self._local
 
 

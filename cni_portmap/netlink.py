@@ -59,7 +59,7 @@ class Socket:
         while True:
             for answer, its_kind, its_flags in self._receive():
                 interrupted |= bool(its_flags & _DUMP_INTERRUPTED)
-                if its_kind == _ERROR or its_kind == _DONE:
+                if its_kind in (_ERROR, _DONE):
                     code = _INT.unpack_from(answer)[0] if len(answer) >= 4 else 0
                     if code or interrupted:
                         raise OSError(-code or EINTR, "netlink")
@@ -108,7 +108,7 @@ class Socket:
         data = self._socket.recv(1 << 16)
         at, end = 0, len(data)
         while at + 16 <= end:
-            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
+            length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
             yield data[at + 16:at + length], kind, flags
             at += length + 3 & ~3
 
@@ -152,10 +152,11 @@ class NfTables:
     def lookup(self, elements: "Iterable[tuple[str, bytes]]") -> dict[tuple[str, bytes], str]:
         """Which chain each of the map elements (map, key) leads to; those that do not exist are left out."""
         wanted = [*elements]
-        bodies = (_NFPROTO_INET + _name(1, self._table) + _name(2, name) + nested(3, nested(1, nested(1, attribute(1, key))))
-                  for name, key in wanted)
-        return {element: chain for element, answer in zip(wanted, self._netlink.ask_each(_GETSETELEM, bodies))
-                if answer is not None for _, chain in _verdicts(answer)}
+        bodies = (_NFPROTO_INET + _name(1, self._table) + _name(2, name) +
+                  nested(3, nested(1, nested(1, attribute(1, key)))) for name, key in wanted)
+        answers = self._netlink.ask_each(_GETSETELEM, bodies)
+        return {element: chain for element, answer in zip(wanted, answers, strict=True) if answer is not None
+                for _, chain in _verdicts(answer)}
 
     def elements(self, name: str, containing: bytes = b"") -> "Iterator[tuple[bytes, str]]":
         """Key and chain of a verdict map's elements, at least of those whose message has the bytes `containing`."""

@@ -45,11 +45,16 @@ def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
     chain = ruleset.chain_of(container_id, ifname)
     if not kernel.has_chain(chain):
         return  # most containers publish nothing, and runtimes repeat DEL
+    remove([chain], kernel)
+
+
+def remove(chains: "Iterable[str]", kernel: "Kernel") -> None:
+    """Remove attachments' chains, those that exist, with all that leads to them, in one transaction."""
     with kernel.lock():
-        if not kernel.has_chain(chain):
-            return
-        owned, targets = kernel.elements_of([chain]), kernel.targets([chain])
-        kernel.transact(ruleset.detach([chain], [element for element, _ in owned]))
+        there = [chain for chain in chains if kernel.has_chain(chain)]
+        owned, targets = kernel.elements_of(there), kernel.targets(there)
+        if there:
+            kernel.transact(ruleset.detach(there, [element for element, _ in owned]))
     _forget_released(owned, targets, kernel)
 
 
@@ -97,19 +102,23 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
 def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
     """Remove every attachment of `network` that is not among the `valid` (container ID, interface).
 
-    Goes on after an error, and raises the first with all of them in its details.
+    Goes on after an error, one by one, and raises them all as one.
     """
+    stale = [owner for owner in kernel.owners()
+             if owner.network == network and (owner.container_id, owner.ifname) not in valid]
+    try:
+        remove([owner.chain for owner in stale], kernel)
+        return
+    except CniError as error:
+        code = error.code
     errors = []
-    for owner in kernel.owners():
-        if owner.network == network and (owner.container_id, owner.ifname) not in valid:
-            try:
-                delete(owner.container_id, owner.ifname, kernel)
-            except CniError as error:
-                errors.append((owner, error))
+    for owner in stale:
+        try:
+            remove([owner.chain], kernel)
+        except CniError as error:
+            errors.append(f"{owner}: {error.msg}")
     if errors:
-        code = errors[0][1].code
-        raise CniError(code, f"{len(errors)} stale attachments could not be removed",
-                       "; ".join(f"{owner}: {error.msg}" for owner, error in errors))
+        raise CniError(code, f"{len(errors)} of {len(stale)} stale attachments could not be removed", "; ".join(errors))
 
 
 def status(kernel: "Kernel") -> None:
@@ -225,8 +234,8 @@ def _refuse_overlap(element: tuple[str, bytes], port: Port, attachment: Attachme
                     claimed: dict[tuple[str, bytes], Attachment]) -> None:
     """Raise CniError(101) if another of the attachments that are being restored claims an overlapping port."""
     overlapping = [element, ruleset.wildcard_of(port)] if port.host_ip else \
-        [other for other in claimed if other == element or
-         other[0] == f"hostip{port.family}_hostports" and other[1][-8:] == element[1][-8:]]
+        [element, *(other for other in claimed if other[0] == f"hostip{port.family}_hostports" and
+                    other[1][-8:] == element[1][-8:])]
     for other in overlapping:
         owner = claimed.get(other, attachment)
         if (owner.container_id, owner.ifname) != (attachment.container_id, attachment.ifname):
@@ -240,7 +249,8 @@ def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:
     Raises CniError(103) rather than remove a rule that this plugin did not write.
     """
     bits = _mark_bits(attachments)
-    missing, wrong = [], []
+    missing: list[str] = []
+    wrong: list[str] = []
     for chain in ruleset.BASE:
         there = kernel.comments(chain)
         rest = iter(there)  # an iterator: `in` also moves past what it finds, so the order counts
@@ -308,7 +318,7 @@ def _forget_elsewhere(elements: "Iterable[tuple[str, bytes]]", attachment: Attac
         def is_stale(flow: "Flow", claims: dict[tuple[int, int], set[bytes]] = claims) -> bool:
             hosts = claims.get((flow.family, flow.port), ())
             return flow.target not in targets and \
-                (flow.destination in hosts or b"" in hosts and flow.destination in kernel.local_addresses())
+                (flow.destination in hosts or (b"" in hosts and flow.destination in kernel.local_addresses()))
 
         kernel.forget(protocol, filters, is_stale)
 

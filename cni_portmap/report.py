@@ -42,7 +42,7 @@ class _Rule:
                     self.addresses.append(right)
                 elif payload.get("field") == "dport":
                     self.protocol, hosts = payload["protocol"], [*_ports(right)]
-            elif "counter" in expression and expression["counter"]:
+            elif expression.get("counter"):
                 self.packets = expression["counter"]["packets"]
             elif dnat:
                 self.ip, target = dnat["addr"], dnat.get("port")

@@ -101,7 +101,7 @@ class Owner:
 
     def __init__(self, chain: str, record: str) -> None:
         fields = dict(field.partition("=")[::2] for field in record.split(" "))
-        _, container_id, ifname = (chain.split("/", 2) + ["", ""])[:3]
+        container_id, _, ifname = chain.partition("/")[2].partition("/")
         netns, _, inode = fields.get("netns", "").partition("#")
         self.chain = chain
         self.container_id = fields.get("id", container_id)
