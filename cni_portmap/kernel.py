@@ -11,8 +11,8 @@ from _struct import pack
 
 from . import ruleset
 from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, warn
-from .netlink import (Conntrack, NfTables, add_local_route, dnat_target, expressions, link_kind, list_elements,
-                      local_addresses, route_interface)
+from .netlink import (Conntrack, NfTables, add_local_route, attributes, dnat_target, expressions, link_kind,
+                      list_elements, local_addresses, route_interface)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Kernel:
 
     def comments(self, chain: str) -> list[str]:
         """The comments of a chain's rules, "" for a rule without one."""
-        return [comment for _, comment, _ in self._rules(chain)]
+        return [comment for _, comment, _ in self.rules(chain)]
 
     def owner(self, chain: str) -> ruleset.Owner:
         """Whom an attachment's chain belongs to."""
@@ -121,7 +121,7 @@ class Kernel:
     def owners(self) -> list[ruleset.Owner]:
         """Whom every attachment's chain belongs to. Reads the whole table."""
         found: dict[str, list[str]] = {}
-        for chain, comment, _ in self._rules():
+        for chain, comment, _ in self.rules():
             if chain.startswith("c/"):
                 found.setdefault(chain, []).append(comment)
         return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
@@ -133,7 +133,8 @@ class Kernel:
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
 
-    def _rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
+    def rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
+        """Chain, comment and expressions of the rules of `chain`, or of the whole table."""
         try:
             return [*self._table.rules(chain)]
         except OSError as error:
@@ -146,15 +147,28 @@ class Kernel:
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
 
-    def elements_of(self, chains: "Iterable[str]") -> "list[tuple[tuple[str, bytes], str]]":
-        """All map elements (map, key) that lead to one of `chains`, each with its chain: what they own."""
-        wanted = {*chains}
-        needle = b"c/" if len(wanted) > 1 else "".join(wanted).encode() + b"\0"
+    def elements(self, needle: bytes = b"") -> "list[tuple[tuple[str, bytes], str]]":
+        """All map elements (map, key), each with the chain that it leads to; at least those whose message has
+        `needle`."""
         try:
-            return [((name, key), chain) for name in ruleset.MAPS if wanted
-                    for key, chain in self._table.elements(name, needle) if chain in wanted]
+            return [((name, key), chain) for name in ruleset.MAPS for key, chain in self._table.elements(name, needle)]
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
+
+    def elements_of(self, chains: "Iterable[str]") -> "list[tuple[tuple[str, bytes], str]]":
+        """The map elements (map, key) that lead to one of `chains`, each with its chain: what they own."""
+        wanted = {*chains}
+        needle = b"c/" if len(wanted) > 1 else "".join(wanted).encode() + b"\0"
+        return [found for found in self.elements(needle) if found[1] in wanted] if wanted else []
+
+    def set_elements(self, name: bytes) -> "list[tuple[bytes, bytes]]":
+        """Key and value of each element of a set or map (a name as the kernel has it)."""
+        try:
+            found = [dict(attributes(element)) for answer in self._table.raw_elements(name[:-1].decode())
+                     for element in list_elements(answer)]
+        except OSError as error:
+            raise failure("cannot read nf_tables", error) from None
+        return [(dict(attributes(each[1]))[1], dict(attributes(each.get(2, b""))).get(1, b"")) for each in found]
 
     def claimants(self, name: str, endings: "Iterable[bytes]") -> list[tuple[str, bytes]]:
         """Chain and ending of each element of a map whose key ends like one of `endings` (protocol and port)."""
@@ -181,18 +195,6 @@ class Kernel:
             return error.errno in (ENOENT, ENOTDIR)
         except ValueError:
             return False
-
-    def listing(self) -> str:
-        """The whole table as nft's JSON, "" where there is none; for the operator's command."""
-        nft = self._libnftables
-        nft.set_json_output(True)
-        try:
-            code, output, error = nft.cmd(f"list table {ruleset.TABLE}")
-        finally:
-            nft.set_json_output(False)
-        if code and "No such file" not in error:
-            raise CniError(NFT_REFUSED, f"cannot list table {ruleset.TABLE}: {error.strip()}", HINTS[EPERM])
-        return "" if code else str(output)
 
     # --- comparing ---
 

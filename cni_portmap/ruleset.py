@@ -55,7 +55,7 @@ BASE: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 }
 
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
-_PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBERS.items()}
+PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBERS.items()}
 _NFPROTO = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 _IP = {4: "ip", 6: "ip6"}
 
@@ -147,7 +147,7 @@ def element_of(map_name: str, key: bytes) -> str:
         address = {2: "ipv4", 10: "ipv6"}.get(first[0], str(first[0]))
     else:
         address = inet_ntop(AF_INET if len(first) == 4 else AF_INET6, first)
-    return f"{address} . {_PROTOCOLS.get(key[-8], key[-8])} . {int.from_bytes(key[-4:-2], 'big')}"
+    return f"{address} . {PROTOCOLS.get(key[-8], key[-8])} . {int.from_bytes(key[-4:-2], 'big')}"
 
 
 def wildcard_of(port: Port) -> tuple[str, bytes]:
