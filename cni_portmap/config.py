@@ -301,7 +301,7 @@ def parse_mappings(value: object, at: str) -> list[Port]:
             port = Port(family, protocol, host_ip, host_port, container_port)
             same = published.setdefault((family, protocol, host_ip, host_port), port)
             if same.container_port != container_port:
-                raise Refused(path, f"{port} already leads to container port {same.container_port}")
+                raise Refused(path, f"one container port for {port}, which leads to {same.container_port} already")
     return list(published.values())
 
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 from . import config as parser
+from . import see_packages
 from .config import Refused
 
 SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
@@ -25,6 +26,7 @@ def explain(config: dict[str, object], refused: Refused) -> tuple[str, str]:
 
 def violations(config: object) -> "Iterator[tuple[str, object, str]]":
     """Each place where `config` breaks the schema: JSON path, value, what was expected."""
+    see_packages()
     import jsonschema
     checker = jsonschema.FormatChecker(formats=())
     checks = {

@@ -9,7 +9,7 @@ from _socket import (AF_INET, AF_INET6, AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV
                      SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, if_indextoname, socket, socketpair)
 from _struct import pack
 
-from . import ruleset
+from . import ruleset, see_packages
 from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, warn
 from .netlink import (Conntrack, NfTables, add_local_route, attributes, dnat_target, expressions, link_kind,
                       list_elements, local_addresses, route_interface)
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from .netlink import Flow
 
-DIST_PACKAGES = "/usr/lib/python3/dist-packages"  # where the distribution keeps `nftables`
 LOCK = "/run/cni-portmap.lock"
 LOCK_SECONDS = 30  # 200 plugins at once need less than one
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
@@ -283,8 +282,7 @@ class Kernel:
     @property
     def _libnftables(self) -> "nftables.Nftables":
         if self._nft is None:
-            if DIST_PACKAGES not in sys.path:
-                sys.path.append(DIST_PACKAGES)
+            see_packages()
             try:
                 # It imports json for a call that we never make: 7 ms. It gets an empty module instead.
                 missing = "json" not in sys.modules
