@@ -189,7 +189,9 @@ def _decode(stdin: bytes) -> dict[str, tuple[object, str]]:
 
 
 def _version_of(config: dict[str, tuple[object, str]]) -> str:
-    version = config.get("cniVersion", ("0.1.0", ""))[0]  # its absence means 0.1.0, as in libcni
+    version = config.get("cniVersion", ("", ""))[0]
+    if version is None or version == "":
+        version = "0.1.0"  # as in libcni
     if type(version) is not str:
         raise CniError(INVALID_CONFIG, f"cniVersion: {version!r} is not a version", "expected text, such as \"1.0.0\"")
     if version not in VERSIONS:

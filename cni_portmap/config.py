@@ -116,6 +116,8 @@ def _network(config: dict[str, object]) -> str:
 def _attachment(request: Request) -> Attachment:
     config = request.config
     network = _network(config)
+    if type(config.get("type", "")) is not str:
+        raise Refused("type")
     snat = _flag(config, "snat", True)
     masq_all = _flag(config, "masqAll", False)
     mark_bit = _mark_bit(config)
@@ -317,6 +319,9 @@ def _warn_of_skipped(wanted: list[Port], addresses: dict[int, Address]) -> None:
 
 _TEXT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 \t._:/-,@!=<>&|^*+\"{}")
 
+_BRACES = dict.fromkeys(map(ord, "{},"), " ")
+_NOT_LETTERS = dict.fromkeys((ord(letter) for letter in _TEXT if not letter.isalpha()), " ")
+
 # nft(8), STATEMENTS: the words that do something with a packet. A condition only looks at it.
 _STATEMENTS = frozenset("""accept add comment continue count counter delete dnat drop dup flow flush fwd goto insert
 jump last limit log map masquerade meter notrack queue quota redirect reject replace reset return set snat synproxy
@@ -350,12 +355,28 @@ def parse_conditions(config: dict[str, object], key: str) -> str:
             if inside == (brace == "{"):
                 raise Refused(key, "nft match text with balanced braces, not nested")
             inside = not inside
-        for piece in word.replace("{", " ").replace("}", " ").replace(",", " ").split():
-            if piece.lower() in _STATEMENTS:
-                raise Refused(key, f"nft match text only; {piece!r} is not a match")
+        for piece in word.translate(_BRACES).split():
+            if '"' not in piece and not _is_literal(piece):
+                for letters in piece.translate(_NOT_LETTERS).split():  # nft reads 80accept as 80 accept
+                    if letters.lower() in _STATEMENTS:
+                        raise Refused(key, f"nft match text only; {letters!r} is not a match")
     if inside:
         raise Refused(key, "nft match text with balanced braces, not nested")
     return " ".join(words)
+
+
+def _is_literal(piece: str) -> bool:
+    """Whether `piece` is a number or an address, which may hold letters (0xadd, 2001:add::/32)."""
+    try:
+        int(piece, 0)
+        return True
+    except ValueError:
+        pass
+    try:
+        parse_ip(piece.partition("/")[0], "")
+        return ":" in piece
+    except Refused:
+        return False
 
 
 def _from_iptables(words: list[str], ip: str, key: str) -> list[str]:

@@ -38,7 +38,8 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
     }
     for name, check in checks.items():
         checker.checks(name, raises=Refused)(lambda value, check=check: check(value) is not None)
-    validator = jsonschema.Draft7Validator(json.loads(SCHEMA.read_text()), format_checker=checker)
+    root = json.loads(SCHEMA.read_text())
+    validator = jsonschema.Draft7Validator(root, format_checker=checker)
     errors = [leaf for error in validator.iter_errors(config) for leaf in (error.context or [error])]
     # The deepest first: it names the value, where the list around it only says that something in it is wrong.
     for error in sorted(errors, key=lambda error: -len(error.absolute_path)):
@@ -46,15 +47,15 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
         schema, reason = error.schema, getattr(error.cause, "reason", "")
         if error.validator == "required":
             missing = next(key for key in error.validator_value if key not in error.instance)
-            path, expected, value = f"{path}.{missing}", _description(schema, missing), None
+            part = schema.get("properties", {}).get(missing, {})
+            part = root["definitions"].get(part.get("$ref", "").rpartition("/")[2], part)
+            path, expected, value = f"{path}.{missing}", _description(part), None
         else:
             expected, value = reason or _description(schema), error.instance
         yield path.lstrip(".") or "the configuration", value, expected
 
 
-def _description(schema: dict[str, object], key: str = "") -> str:
-    if key:
-        schema = schema.get("properties", {}).get(key, {})  # type: ignore[attr-defined]
+def _description(schema: dict[str, object]) -> str:
     if "not" in schema and "description" not in schema:
         return "an object with hostPort and containerPort"
     return str(schema.get("description", "a value that fits the schema"))

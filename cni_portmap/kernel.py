@@ -11,7 +11,7 @@ from _struct import pack
 
 from . import ruleset, see_packages
 from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, warn
-from .netlink import (Conntrack, NfTables, add_local_route, attributes, dnat_target, expressions, link_kind,
+from .netlink import (Conntrack, NfTables, DnatRule, add_local_route, attributes, expressions, link_kind,
                       list_elements, local_addresses, route_interface)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .netlink import Flow
 
 LOCK = "/run/cni-portmap.lock"
+MANY_PORTS = 100  # above, listing all of the maps is quicker than to ask for each element
 LOCK_SECONDS = 30  # 200 plugins at once need less than one
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
 EPERM, ENOENT, ENOTDIR, EADDRINUSE = 1, 2, 20, 98
@@ -125,12 +126,18 @@ class Kernel:
                 found.setdefault(chain, []).append(comment)
         return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
 
+    def dnat_rules(self, chain: str) -> list[DnatRule]:
+        """What a chain's rules translate."""
+        found = (DnatRule(raw, self.set_elements) for _, _, raw in self.rules(chain))
+        return [rule for rule in found if rule.target]
+
     def targets(self, chains: "Iterable[str]") -> dict[str, set[bytes]]:
         """The container addresses, packed, that each chain translates to."""
-        try:
-            return {chain: {dnat_target(raw) for _, _, raw in self._table.rules(chain)} - {b""} for chain in chains}
-        except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+        return {chain: {rule.target for rule in self.dnat_rules(chain)} for chain in chains}
+
+    def wanted_by(self, chain: str) -> "set[tuple[str, bytes]]":
+        """The map elements (map, key) that could lead to a chain: its rules have something for them."""
+        return {element for rule in self.dnat_rules(chain) for element in ruleset.elements_of(rule)}
 
     def rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
         """Chain, comment and expressions of the rules of `chain`, or of the whole table."""
@@ -146,27 +153,33 @@ class Kernel:
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
 
-    def elements(self, needle: bytes = b"") -> "list[tuple[tuple[str, bytes], str]]":
-        """All map elements (map, key), each with the chain that it leads to; at least those whose message has
-        `needle`."""
+    def elements(self) -> "list[tuple[tuple[str, bytes], str]]":
+        """All map elements (map, key), each with the chain that it leads to."""
         try:
-            return [((name, key), chain) for name in ruleset.MAPS for key, chain in self._table.elements(name, needle)]
+            return [((name, key), chain) for name in ruleset.MAPS for key, chain in self._table.elements(name)]
         except OSError as error:
             raise failure("cannot read nf_tables", error) from None
 
     def elements_of(self, chains: "Iterable[str]") -> "list[tuple[tuple[str, bytes], str]]":
         """The map elements (map, key) that lead to one of `chains`, each with its chain: what they own."""
-        wanted = {*chains}
-        needle = b"c/" if len(wanted) > 1 else "".join(wanted).encode() + b"\0"
-        return [found for found in self.elements(needle) if found[1] in wanted] if wanted else []
+        owned = []
+        unknown = set()
+        for chain in chains:
+            references = self.references(chain)
+            found = self.lookup(self.wanted_by(chain)) if references <= MANY_PORTS else {}
+            its = [(element, chain) for element, its_chain in found.items() if its_chain == chain]
+            owned += its
+            if len(its) != references:  # many, or the chain's rules do not tell: the maps do
+                unknown.add(chain)
+        if unknown:
+            owned = [item for item in owned if item[1] not in unknown]
+            owned += [item for item in self.elements() if item[1] in unknown]
+        return owned
 
     def set_elements(self, name: bytes) -> "list[tuple[bytes, bytes]]":
         """Key and value of each element of a set or map (a name as the kernel has it)."""
-        try:
-            found = [dict(attributes(element)) for answer in self._table.raw_elements(name[:-1].decode())
-                     for element in list_elements(answer)]
-        except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+        found = [dict(attributes(element)) for answer in self._table.raw_elements(name[:-1].decode())
+                 for element in list_elements(answer)]
         return [(dict(attributes(each[1]))[1], dict(attributes(each.get(2, b""))).get(1, b"")) for each in found]
 
     def claimants(self, name: str, endings: "Iterable[bytes]") -> list[tuple[str, bytes]]:

@@ -11,7 +11,7 @@ from _struct import Struct
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 _ERROR, _DONE = 2, 3
@@ -158,11 +158,10 @@ class NfTables:
         return {element: chain for element, answer in zip(wanted, answers, strict=True) if answer is not None
                 for _, chain in _verdicts(answer)}
 
-    def elements(self, name: str, containing: bytes = b"") -> "Iterator[tuple[bytes, str]]":
-        """Key and chain of a verdict map's elements, at least of those whose message has the bytes `containing`."""
+    def elements(self, name: str) -> "Iterator[tuple[bytes, str]]":
+        """Key and chain of a verdict map's elements."""
         for answer in self.raw_elements(name):
-            if containing in answer:
-                yield from _verdicts(answer)
+            yield from _verdicts(answer)
 
     def raw_elements(self, name: str) -> list[bytes]:
         """The messages that list the elements of a set or map; none where it does not exist."""
@@ -208,15 +207,64 @@ def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
         yield found[1][:-1].decode(), dict(attributes(found.get(2, b"")))
 
 
-def dnat_target(raw: bytes) -> bytes:
-    """The address, packed, that a rule with these expressions translates destinations to; b"" for none."""
-    registers: dict[bytes, bytes] = {}
-    for name, fields in expressions(raw):
-        if name == "immediate":  # NFTA_IMMEDIATE_DREG, _DATA
-            registers[fields[1]] = dict(attributes(fields[2])).get(1, b"")
-        elif name == "nat":  # NFTA_NAT_REG_ADDR_MIN
-            return registers.get(fields.get(3, b""), b"")
-    return b""
+class DnatRule:
+    """A dnat rule, read from its expressions: the ports that it takes, and where they go.
+
+    `ports`: host port -> container port; `daddr`: the destination address that it asks for, packed, b"" for none;
+    `target`: the container's address, packed, b"" where it is no dnat rule. It reads what `ruleset` lets libnftables
+    compile, whatever its version: comparisons of the destination port, an anonymous set or map of ports (`elements`
+    fetches one by its name), immediate addresses and ports.
+    """
+
+    __slots__ = ("daddr", "packets", "ports", "protocol", "target")
+
+    def __init__(self, raw: bytes, elements: "Callable[[bytes], Iterable[tuple[bytes, bytes]]]") -> None:
+        self.packets, self.protocol, self.daddr, self.target = 0, 0, b"", b""
+        self.ports: dict[int, int] = {}
+        loaded: dict[bytes, tuple[int, int]] = {}  # register -> base and offset of the header field that is in it
+        values: dict[bytes, bytes] = {}  # register -> what it is set to
+        lowest, highest = 0, 65535
+        mapped: dict[int, int] = {}
+        for name, fields in expressions(raw):
+            if name == "payload" and 1 in fields:  # NFTA_PAYLOAD_DREG, _BASE, _OFFSET
+                loaded[fields[1]] = _number(fields[2]), _number(fields[3])
+            elif name == "meta" and 1 in fields:  # NFTA_META_DREG, _KEY
+                loaded[fields[1]] = _META, _number(fields[2])
+            elif name == "cmp":  # NFTA_CMP_SREG, _OP, _DATA
+                value, where, operator = _value(fields[3]), loaded.get(fields[1]), _number(fields[2])
+                if where == _DADDR.get(len(value)) and operator == _EQUAL:
+                    self.daddr = self.daddr or value
+                elif where == _L4PROTO:
+                    self.protocol = value[0]
+                elif where == _DPORT:
+                    lowest = _number(value) if operator in (_EQUAL, _AT_LEAST) else lowest
+                    highest = _number(value) if operator in (_EQUAL, _AT_MOST) else highest
+            elif name == "range" and loaded.get(fields[1]) == _DPORT:  # NFTA_RANGE_SREG, _FROM_DATA, _TO_DATA
+                lowest, highest = _number(_value(fields[3])), _number(_value(fields[4]))
+            elif name == "lookup" and loaded.get(fields[2]) == _DPORT and 3 in fields:  # NFTA_LOOKUP_SET, _SREG, _DREG
+                mapped = {_number(key[:2]): _number(data[:2]) for key, data in elements(fields[1])}
+            elif name == "immediate":  # NFTA_IMMEDIATE_DREG, _DATA
+                values[fields[1]] = _value(fields[2])
+            elif name == "counter":  # NFTA_COUNTER_PACKETS
+                self.packets = _number(fields[2])
+            elif name == "nat":  # NFTA_NAT_REG_ADDR_MIN, _REG_PROTO_MIN
+                self.target = values.get(fields.get(3, b""), b"")
+                port = _number(values.get(fields.get(5, b""), b"")[:2])
+                self.ports = mapped or {host: port or host for host in range(lowest, highest + 1)}
+
+
+_META, _EQUAL, _AT_MOST, _AT_LEAST = -1, 0, 3, 5  # enum nft_cmp_ops
+_L4PROTO = (_META, 16)  # NFT_META_L4PROTO
+_DPORT = (2, 2)  # transport header, offset
+_DADDR = {4: (1, 16), 16: (1, 24)}  # size: network header, offset
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def _value(data: bytes) -> bytes:
+    return dict(attributes(data)).get(1, b"")  # NFTA_DATA_VALUE
 
 
 # --- conntrack ------------------------------------------------------------------------------------------------

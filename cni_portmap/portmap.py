@@ -25,19 +25,20 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     new = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
     with kernel.lock():
         replaced, elsewhere = _settle(attachment, chain, kernel)
+        also_on = ruleset.standing_by(kernel.comments(chain))
         if kernel.has_chain(chain):
             replaced.append(chain)
         if attachment.refuse_bound:
             _refuse_bound(attachment, kernel)
-        text = _base([attachment], kernel)
-        owned = kernel.elements_of(replaced)
-        targets = kernel.targets(replaced)
-        if replaced:
-            text += ruleset.detach(replaced, [element for element, _ in owned])
+        owned, targets = kernel.elements_of(replaced), kernel.targets(replaced)
+        released = [item for item in owned if item[0] not in new]
+        text = _base([attachment], kernel) + _detach(replaced, owned, released, kernel)
         _open_localhost(attachment, kernel)
-        kernel.transact(text + ruleset.attach(attachment, elsewhere))
+        text += ruleset.attach(attachment, elsewhere)
+        text += "".join(ruleset.stand_by(chain, ifname) for ifname in also_on)
+        kernel.transact(text + _stand_by(attachment.ifname, elsewhere.values(), kernel))
     _forget_elsewhere(new, attachment, kernel)
-    _forget_released([item for item in owned if item[0] not in new], targets, kernel)
+    _forget_released(released, targets, kernel)
 
 
 def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
@@ -54,7 +55,7 @@ def remove(chains: "Iterable[str]", kernel: "Kernel") -> None:
         there = [chain for chain in chains if kernel.has_chain(chain)]
         owned, targets = kernel.elements_of(there), kernel.targets(there)
         if there:
-            kernel.transact(ruleset.detach(there, [element for element, _ in owned]))
+            kernel.transact(_detach(there, owned, owned, kernel))
     _forget_released(owned, targets, kernel)
 
 
@@ -142,14 +143,18 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
     commands: list[str] = []
     refused: list[tuple[Attachment, CniError]] = []
     claimed: dict[tuple[str, bytes], Attachment] = {}
-    replaced: set[str] = set()
+    replaced: list[str] = []
+    seen = set()
     with kernel.lock():
         for attachment in attachments:
             chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+            if chain in seen:
+                continue  # two folders remember it
+            seen.add(chain)
             wanted = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
-            if len(kernel.comments(chain)) == len([*ruleset.rules_of(attachment)]) and \
+            if len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
                     [*kernel.lookup(wanted).values()] == [chain] * len(wanted):
-                claimed |= dict.fromkeys(wanted, attachment)
+                claimed = dict.fromkeys(wanted, attachment) | claimed
                 continue
             try:
                 for element, port in wanted.items():
@@ -158,13 +163,15 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             except CniError as error:
                 refused.append((attachment, error))
                 continue
-            replaced.update(dead, [chain] if kernel.has_chain(chain) else [])
-            claimed |= dict.fromkeys(wanted, attachment)
+            replaced += dead + ([chain] if kernel.has_chain(chain) else [])
+            elsewhere |= {element: ruleset.chain_of(claimed[element].container_id, claimed[element].ifname)
+                          for element in wanted if element in claimed}
+            claimed = dict.fromkeys(wanted, attachment) | claimed
             lost.append(attachment)
-            commands.append(ruleset.attach(attachment, elsewhere))
-        text = _base(lost, kernel) if lost else ""
-        if replaced:
-            text += ruleset.detach(replaced, [element for element, _ in kernel.elements_of(replaced)])
+            commands.append(ruleset.attach(attachment, elsewhere) +
+                            _stand_by(attachment.ifname, elsewhere.values(), kernel))
+        replaced = [*dict.fromkeys(replaced)]
+        text = (_base(lost, kernel) if lost else "") + _detach(replaced, kernel.elements_of(replaced), (), kernel)
         text += "".join(commands)
         if text and not dry_run:
             for attachment in lost:
@@ -184,9 +191,9 @@ def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
 
 
 def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
-        -> "tuple[list[str], set[tuple[str, bytes]]]":
+        -> "tuple[list[str], dict[tuple[str, bytes], str]]":
     """Who owns the ports of `attachment` now: the chains of dead containers, which give way; and the elements that
-    lead to this container through another of its interfaces, which stay (podman publishes on every network).
+    lead to this container through another of its interfaces, which stay, each with the chain that it leads to.
 
     Raises CniError(101) where the owner is another and lives: a port has one owner, and it overlaps as in bind(2).
     """
@@ -199,35 +206,58 @@ def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
             claims.setdefault(ruleset.wildcard_of(port), port)
         else:
             wildcards.setdefault(f"hostip{port.family}_hostports", {})[key[-8:]] = port
+    leads_to = kernel.lookup(claims)
     taken: dict[str, Port] = {}
-    elsewhere = set()
-    for element, owner in kernel.lookup(claims).items():
-        if owner != chain and owner.startswith(f"c/{attachment.container_id}/"):
-            warn(f"{claims[element]} leads to this container already, through interface {kernel.owner(owner).ifname}")
-            elsewhere.add(element)
-        else:
-            taken[owner] = claims[element]
+    for element, owner in leads_to.items():
+        taken.setdefault(owner, claims[element])
     for name, endings in wildcards.items():
         for owner, ending in kernel.claimants(name, endings):
             taken.setdefault(owner, endings[ending])
     taken.pop(chain, None)
-    dead = []
+    dead, siblings = [], []
     for other, port in taken.items():
         if not other.startswith("c/"):
             raise CniError(FOREIGN_TABLE, f"{port} is taken by a map element that this plugin did not write",
                            f"find it: nft list table {ruleset.TABLE}")
         its_owner = kernel.owner(other)
-        if its_owner.container_id == attachment.container_id:
-            continue  # its own wildcard beside its own specific address
-        if not kernel.is_dead(its_owner):
+        if kernel.is_dead(its_owner):
+            dead.append(other)
+        elif its_owner.container_id == attachment.container_id:
+            siblings.append(other)
+            warn(f"{port} leads to this container through interface {its_owner.ifname} already; "
+                 f"{attachment.ifname} stands by")
+        else:
             raise CniError(PORT_TAKEN, f"{port} is already published by {its_owner}",
                            f"its network namespace {its_owner.netns or '(unknown)'} is alive")
-        dead.append(other)
-    return dead, elsewhere
+    own = {(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports}
+    return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
 
 
-def _mark_bits(attachments: "Iterable[Attachment]") -> set[int]:
-    return {DEFAULT_MARK_BIT, *(each.mark_bit for each in attachments if each.mark_bit is not None)}
+def _stand_by(ifname: str, chains: "Iterable[str]", kernel: "Kernel") -> str:
+    """Commands that note in `chains` that their container publishes some of their ports on `ifname` too."""
+    return "".join(ruleset.stand_by(chain, ifname) for chain in dict.fromkeys(chains)
+                   if ifname not in ruleset.standing_by(kernel.comments(chain)))
+
+
+def _detach(chains: "list[str]", owned: "Iterable[tuple[tuple[str, bytes], str]]",
+            released: "Iterable[tuple[tuple[str, bytes], str]]", kernel: "Kernel") -> str:
+    """Commands that remove `chains` with all that they own, and let those that stand by have what is `released`."""
+    if not chains:
+        return ""
+    text = ruleset.detach(chains, [element for element, _ in owned])
+    for chain in chains:
+        owner, heirs = kernel.owner(chain), []
+        for ifname in ruleset.standing_by(kernel.comments(chain)):
+            heir = ruleset.chain_of(owner.container_id, ifname)
+            if heir not in chains and kernel.has_chain(heir):
+                heirs.append((heir, ifname, kernel.wanted_by(heir)))
+        free = [element for element, its_chain in released if its_chain == chain]
+        for heir, ifname, wanted in heirs:
+            inherited = [element for element in free if element in wanted]
+            free = [element for element in free if element not in wanted]
+            text += ruleset.lead(inherited, heir)
+            text += "".join(_stand_by(other, [heir], kernel) for _, other, _ in heirs if inherited and other != ifname)
+    return text
 
 
 def _refuse_overlap(element: tuple[str, bytes], port: Port, attachment: Attachment,
@@ -238,9 +268,13 @@ def _refuse_overlap(element: tuple[str, bytes], port: Port, attachment: Attachme
                     other[1][-8:] == element[1][-8:])]
     for other in overlapping:
         owner = claimed.get(other, attachment)
-        if (owner.container_id, owner.ifname) != (attachment.container_id, attachment.ifname):
+        if owner.container_id != attachment.container_id:
             raise CniError(PORT_TAKEN, f"{port} is already published by container {owner.container_id}, interface "
                            f"{owner.ifname}, network {owner.network}")
+
+
+def _mark_bits(attachments: "Iterable[Attachment]") -> set[int]:
+    return {DEFAULT_MARK_BIT, *(each.mark_bit for each in attachments if each.mark_bit is not None)}
 
 
 def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:

@@ -21,6 +21,8 @@ TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Sequence
 
+    from .netlink import DnatRule
+
 TABLE_NAME = "cni_portmap"
 TABLE = f"inet {TABLE_NAME}"
 SIGN = "cni-portmap "  # begins the comment of each base rule, with
@@ -91,7 +93,10 @@ def _escape(value: str) -> str:
 
 def _unescape(value: str) -> str:
     first, *rest = value.encode().split(b"%")
-    return (first + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest)).decode(errors="replace")
+    try:
+        return (first + b"".join(bytes((int(part[:2], 16),)) + part[2:] for part in rest)).decode(errors="replace")
+    except ValueError:
+        return value  # not written by us
 
 
 class Owner:
@@ -108,7 +113,7 @@ class Owner:
         self.ifname = _unescape(fields.get("if", ifname))
         self.network = fields.get("net", "")
         self.netns = _unescape(netns)
-        self.inode = int(inode) if inode.isdigit() else 0
+        self.inode = int(inode) if inode.isascii() and inode.isdigit() else 0
 
     def __str__(self) -> str:
         return f"container {self.container_id}, interface {self.ifname}, network {self.network or 'unknown'}"
@@ -162,6 +167,33 @@ def claim_of(element: "tuple[str, bytes]") -> tuple[int, int, bytes, int]:
     return family, key[-8], b"" if name == "hostports" else key[:-8], int.from_bytes(key[-4:-2], "big")
 
 
+def elements_of(rule: "DnatRule") -> "Iterator[tuple[str, bytes]]":
+    """The elements (map, key) that may lead to a rule: those of every address, and of the one that it asks for."""
+    family = 4 if len(rule.target) == 4 else 6
+    hosts = [("hostports", bytes((_NFPROTO[family], 0, 0, 0)))]
+    if rule.daddr:
+        hosts.append((f"hostip{family}_hostports", rule.daddr))
+    for port in rule.ports:
+        for name, host in hosts:
+            yield name, host + bytes((rule.protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+
+
+# A container may publish one port on several networks (podman does). Its element leads to one of its chains, where a
+# rule without effect names the interfaces of those that stand by: when that chain goes, the next takes its place.
+
+_STANDBY = "also on "
+
+
+def stand_by(chain: str, ifname: str) -> str:
+    """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too."""
+    return f'add rule {TABLE} {chain} continue comment "{_STANDBY}{ifname}"\n'
+
+
+def standing_by(comments: "Iterable[str]") -> list[str]:
+    """The interfaces that the rules of a chain, by their comments, note with `stand_by`."""
+    return [comment[len(_STANDBY):] for comment in comments if comment.startswith(_STANDBY)]
+
+
 # --- commands -------------------------------------------------------------------------------------------------
 
 def base_rules(chain: str, bits: "Iterable[int]") -> list[tuple[str, str]]:
@@ -200,15 +232,20 @@ def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = (
     `elsewhere`: the elements (map, key) that lead to the container through another of its interfaces, and stay.
     """
     chain = chain_of(attachment.container_id, attachment.ifname)
-    rules = [*rules_of(attachment)]
     lines = [f"create chain {TABLE} {chain}"]
-    lines += (f"add rule {TABLE} {chain} {rule}" for rule in rules)
+    lines += (f"add rule {TABLE} {chain} {rule}" for rule in rules_of(attachment))
+    own = [(map_of(port), key_of(port)) for port in attachment.ports]
+    return "\n".join(lines) + "\n" + lead([element for element in own if element not in elsewhere], chain)
+
+
+def lead(elements: "Sequence[tuple[str, bytes]]", chain: str) -> str:
+    """Commands that make new elements (map, key) lead to a chain; the kernel refuses those that exist."""
+    text = ""
     for name in MAPS:
-        keys = [key_of(port) for port in attachment.ports if map_of(port) == name]
-        elements = ", ".join(f"{element_of(name, key)} : goto {chain}" for key in keys if (name, key) not in elsewhere)
-        if elements:
-            lines.append(f"create element {TABLE} {name} {{ {elements} }}")
-    return "\n".join(lines) + "\n"
+        keys = ", ".join(f"{element_of(name, key)} : goto {chain}" for its_map, key in elements if its_map == name)
+        if keys:
+            text += f"create element {TABLE} {name} {{ {keys} }}\n"
+    return text
 
 
 def detach(chains: "Iterable[str]", elements: "Iterable[tuple[str, bytes]]") -> str:
