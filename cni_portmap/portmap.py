@@ -76,10 +76,9 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     if dormant:
         raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
     for element in wanted:
-        leads_to = found.get(element, "")
-        if leads_to != chain and not leads_to.startswith(f"c/{attachment.container_id}/"):
+        if not _leads_home(found.get(element, ""), attachment):
             raise CniError(CHECK_FAILED, f"{wanted[element]} does not lead to the container: map {element[0]} has "
-                           f"{leads_to or 'nothing'} for {ruleset.element_of(*element)}", "")
+                           f"{found.get(element) or 'nothing'} for {ruleset.element_of(*element)}", "")
     mirror = kernel.mirror()
     bits = _mark_bits([attachment])
     mirror.transact(ruleset.base(ruleset.BASE, (), bits) + ruleset.attach(attachment))
@@ -152,8 +151,9 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
                 continue  # two folders remember it
             seen.add(chain)
             wanted = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
+            found = kernel.lookup(wanted)
             if len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
-                    [*kernel.lookup(wanted).values()] == [chain] * len(wanted):
+                    all(_leads_home(found.get(element, ""), attachment) for element in wanted):
                 claimed = dict.fromkeys(wanted, attachment) | claimed
                 continue
             try:
@@ -231,6 +231,12 @@ def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
                            f"its network namespace {its_owner.netns or '(unknown)'} is alive")
     own = {(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports}
     return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
+
+
+def _leads_home(chain: str, attachment: Attachment) -> bool:
+    """Whether `chain` is of the attachment's container, through whichever interface."""
+    return chain == ruleset.chain_of(attachment.container_id, attachment.ifname) or \
+        chain.startswith(f"c/{attachment.container_id}/")
 
 
 def _stand_by(ifname: str, chains: "Iterable[str]", kernel: "Kernel") -> str:
