@@ -164,7 +164,7 @@ _VARIABLES = {
 }
 
 
-def _environment_error(verb: str, environ: dict[str, str]) -> CniError | None:
+def environment_error(verb: str, environ: dict[str, str]) -> CniError | None:
     """The first variable that `verb` needs and lacks, or that holds what it must not."""
     needed = VERBS[verb][1]
     missing = [name for name in needed if not environ.get(name)]
@@ -223,7 +223,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
                            f"expected one of {', '.join(VERBS)}")
         if verb == "VERSION":
             return 0, _versions(read())
-        wrong_environment = _environment_error(verb, environ)
+        wrong_environment = environment_error(verb, environ)
         try:
             found = _decode(read())
             version = _version_of(found)

@@ -20,7 +20,7 @@ _HEADER = Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = Struct("=HH")  # nlattr: length, type
 _INT = Struct("=i")
 
-ENOENT, EINTR = 2, 4
+ENOENT, EINTR, EBADMSG = 2, 4, 74
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -44,6 +44,11 @@ def attributes(data: bytes, at: int = 0) -> "Iterator[tuple[int, bytes]]":
         at += length + 3 & ~3
 
 
+def _error_of(answer: bytes) -> int:
+    """The errno in an error or the end of a list, 0 for none."""
+    return -_INT.unpack_from(answer)[0] if len(answer) >= 4 else 0
+
+
 class Socket:
     """A netlink socket: one question, all of its answers."""
 
@@ -60,9 +65,9 @@ class Socket:
             for answer, its_kind, its_flags in self._receive():
                 interrupted |= bool(its_flags & _DUMP_INTERRUPTED)
                 if its_kind in (_ERROR, _DONE):
-                    code = _INT.unpack_from(answer)[0] if len(answer) >= 4 else 0
+                    code = _error_of(answer)
                     if code or interrupted:
-                        raise OSError(-code or EINTR, "netlink")
+                        raise OSError(code or EINTR, "netlink")
                     return
                 yield answer
 
@@ -97,7 +102,7 @@ class Socket:
                     if its_kind != _ERROR:
                         answers.append(answer)
                         continue
-                    code = -_INT.unpack_from(answer)[0]
+                    code = _error_of(answer)
                     if code not in (0, ENOENT):
                         raise OSError(code, "netlink")
                     answers.append(None if code else b"")
@@ -109,6 +114,8 @@ class Socket:
         at, end = 0, len(data)
         while at + 16 <= end:
             length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
+            if length < 16:
+                raise OSError(EBADMSG, "netlink")
             yield data[at + 16:at + length], kind, flags
             at += length + 3 & ~3
 
@@ -147,7 +154,7 @@ class NfTables:
         body = _NFPROTO_INET + _name(1, self._table) + (_name(2, chain) if chain else b"")
         for answer in self._netlink.dump(_GETRULE, body):
             found = dict(attributes(answer, 4))
-            yield found[2][:-1].decode(), _comment(found.get(7, b"")), found.get(4, b"")
+            yield _text(found.get(2, b"")), _comment(found.get(7, b"")), found.get(4, b"")
 
     def lookup(self, elements: "Iterable[tuple[str, bytes]]") -> dict[tuple[str, bytes], str]:
         """Which chain each of the map elements (map, key) leads to; those that do not exist are left out."""
@@ -184,9 +191,15 @@ def list_elements(answer: bytes) -> "Iterator[bytes]":
 def _verdicts(answer: bytes) -> "Iterator[tuple[bytes, str]]":
     for element in list_elements(answer):
         found = dict(attributes(element))
-        key = dict(attributes(found[1]))[1]
+        key = dict(attributes(found.get(1, b""))).get(1, b"")
         verdict = dict(attributes(dict(attributes(found.get(2, b""))).get(2, b"")))
-        yield key, verdict.get(2, b"\0")[:-1].decode()
+        if key:  # a catch-all element has none
+            yield key, _text(verdict.get(2, b""))
+
+
+def _text(name: bytes) -> str:
+    """A name as the kernel has it, with a final NUL; others may have given it any bytes."""
+    return name[:-1].decode(errors="replace")
 
 
 def _comment(userdata: bytes) -> str:
@@ -204,7 +217,7 @@ def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
     """Name and attributes of each expression of a rule (enum nft_expr_attributes)."""
     for _, expression in attributes(raw):
         found = dict(attributes(expression))
-        yield found[1][:-1].decode(), dict(attributes(found.get(2, b"")))
+        yield _text(found.get(1, b"")), dict(attributes(found.get(2, b"")))
 
 
 class DnatRule:
@@ -317,32 +330,34 @@ class Conntrack:
         self._sockets.append(Socket(NETLINK_NETFILTER))
         return self._sockets[-1]
 
-    def _body(self, family: int, port: int, destination: bytes, target: bytes) -> bytes:
-        """A message about the flows to `port` of `destination` that `target` answers; 0 and b"" for any."""
-        v6 = 2 if family == 6 else 0
+    def _body(self, family: int, port: int, destination: bytes = b"", target: bytes = b"") -> bytes:
+        """A message about the flows to `port` of `destination` (IPv4) that `target` answers; 0 and b"" for any.
+
+        Not for IPv6 addresses: the kernel's filter takes all but the given one (ctnetlink_filter_match_tuple).
+        """
         original = nested(_PROTO, attribute(_NUMBER, bytes((self._protocol,))),
                           attribute(_DESTINATION_PORT, port.to_bytes(2, "big")))
         flags = _F_NUMBER | (_F_DESTINATION_PORT if port else 0)
         if destination:
-            original += nested(_IP, attribute(2 + v6, destination))
+            original += nested(_IP, attribute(2, destination))  # CTA_IP_V4_DST
             flags |= _F_DESTINATION
         body = nested(_ORIGINAL, original)
         wanted = attribute(1, flags.to_bytes(4, "little"))
         if target:
-            body += nested(_REPLY, nested(_IP, attribute(1 + v6, target)))
+            body += nested(_REPLY, nested(_IP, attribute(1, target)))  # CTA_IP_V4_SRC
             wanted += attribute(2, _F_SOURCE.to_bytes(4, "little"))
         # Version 1 of nfgenmsg makes a deletion heed the family (ctnetlink_del_conntrack).
         return bytes((_FAMILIES[family], 1, 0, 0)) + body + nested(_FILTER, wanted)
 
     def flows(self, family: int, port: int) -> "Iterator[Flow]":
         """The flows of a family to `port` of anybody, 0 for any port."""
-        for answer in self._socket().stream(_CT_GET, self._body(family, port, b"", b""), _DUMP):
+        for answer in self._socket().stream(_CT_GET, self._body(family, port), _DUMP):
             yield Flow(answer)
 
-    def forget(self, family: int, port: int, destination: bytes, target: bytes) -> bool:
-        """Let the kernel forget the flows that `_body` describes; False where it cannot choose (before 5.8)."""
+    def forget(self, port: int, destination: bytes, target: bytes) -> bool:
+        """Let the kernel forget the IPv4 flows that `_body` describes; False where it cannot choose (before 5.8)."""
         try:
-            self._socket().ask(_CT_DELETE, self._body(family, port, destination, target))
+            self._socket().ask(_CT_DELETE, self._body(4, port, destination, target))
         except OSError as error:
             if error.errno == EINVAL:
                 return False
@@ -361,7 +376,7 @@ class Conntrack:
 # --- routes, addresses, links ---------------------------------------------------------------------------------
 
 _GETLINK, _GETADDR, _NEWROUTE, _GETROUTE = 18, 22, 24, 26
-_CREATE, _EXCLUSIVE = 0x400, 0x200
+_CREATE, _APPEND = 0x400, 0x800
 _RT_TABLE_LOCAL, _RTPROT_STATIC, _RTN_LOCAL = 255, 4, 2
 EEXIST = 17
 
@@ -381,7 +396,7 @@ def add_local_route(ip: str, interface: int, metric: int) -> None:
         attribute(1, address) + attribute(4, interface.to_bytes(4, "little")) + \
         attribute(6, metric.to_bytes(4, "little"))  # RTA_DST, RTA_OIF, RTA_PRIORITY
     try:
-        Socket(NETLINK_ROUTE).ask(_NEWROUTE, body, _CREATE | _EXCLUSIVE)
+        Socket(NETLINK_ROUTE).ask(_NEWROUTE, body, _CREATE | _APPEND)  # beside those of other interfaces
     except OSError as error:
         if error.errno != EEXIST:
             raise
@@ -400,4 +415,4 @@ def link_kind(interface: int) -> str:
     """What an interface is: "bridge", "veth", ...; "" where it has no kind."""
     body = bytes(4) + interface.to_bytes(4, "little") + bytes(8)  # ifinfomsg
     link = dict(attributes(Socket(NETLINK_ROUTE).ask(_GETLINK, body)[0], 16))
-    return dict(attributes(link.get(18, b""))).get(1, b"\0")[:-1].decode()  # IFLA_LINKINFO, IFLA_INFO_KIND
+    return _text(dict(attributes(link.get(18, b""))).get(1, b""))  # IFLA_LINKINFO, IFLA_INFO_KIND

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .cni import CniError, Request
+from .cni import CniError, Request, environment_error
 from .config import Attachment, parse
 
 # Where runtimes let libcni keep its files: podman and CRI-O, containerd, cnitool and nerdctl use the default.
@@ -34,7 +34,7 @@ def remembered(folders: Iterable[str | os.PathLike[str]] = CACHES,
             yield path, reason
         except CniError as error:
             yield path, Skipped(f"{error.msg}; {error.details}")
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
             yield path, Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
 
 
@@ -55,6 +55,9 @@ def _attachment(cache: dict[str, Any], plugin: str) -> Attachment:
     config = {**config, "name": cache.get("networkName") or conflist["name"], "prevResult": result,
               "runtimeConfig": {"portMappings": arguments["portMappings"]}}
     environ = {"CNI_CONTAINERID": cache["containerId"], "CNI_NETNS": netns, "CNI_IFNAME": ifname}
+    wrong = environment_error("ADD", environ)
+    if wrong:
+        raise wrong
     attachment = parse(Request("ADD", conflist.get("cniVersion", "0.1.0"), environ, config, json.dumps(result)))
     attachment.inode = os.stat(netns).st_ino
     return attachment
