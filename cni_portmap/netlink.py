@@ -288,6 +288,7 @@ _IP, _PROTO = 1, 2  # CTA_TUPLE_IP, CTA_TUPLE_PROTO
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3  # CTA_PROTO_NUM, ...
 _F_SOURCE, _F_DESTINATION, _F_NUMBER, _F_DESTINATION_PORT = 1, 2, 8, 32  # CTA_FILTER_FLAG(...)
 _FAMILIES = {4: AF_INET, 6: AF_INET6}
+_TCP, _UDP = 6, 17
 EINVAL = 22
 
 
@@ -355,7 +356,12 @@ class Conntrack:
             yield Flow(answer)
 
     def forget(self, port: int, destination: bytes, target: bytes) -> bool:
-        """Let the kernel forget the IPv4 flows that `_body` describes; False where it cannot choose (before 5.8)."""
+        """Let the kernel forget the IPv4 flows that `_body` describes; False where it cannot choose.
+
+        It cannot before Linux 5.8, nor by the ports of anything but TCP and UDP (ctnetlink_filter_match_tuple).
+        """
+        if self._protocol not in (_TCP, _UDP):
+            return False
         try:
             self._socket().ask(_CT_DELETE, self._body(4, port, destination, target))
         except OSError as error:

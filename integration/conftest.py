@@ -5,7 +5,9 @@ import lab
 import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def private_host() -> None:
+    """Each module has a host to itself: what one leaves behind is nobody else's."""
     lab.enter()
 
 
