@@ -25,7 +25,6 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     new = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
     with kernel.lock():
         replaced, elsewhere = _settle(attachment, chain, kernel)
-        also_on = ruleset.standing_by(kernel.comments(chain))
         if kernel.has_chain(chain):
             replaced.append(chain)
         if attachment.refuse_bound:
@@ -34,9 +33,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         released = [item for item in owned if item[0] not in new]
         text = _base([attachment], kernel) + _detach(replaced, owned, released, kernel)
         _open_localhost(attachment, kernel)
-        text += ruleset.attach(attachment, elsewhere)
-        text += "".join(ruleset.stand_by(chain, ifname) for ifname in also_on)
-        kernel.transact(text + _stand_by(attachment.ifname, elsewhere.values(), kernel))
+        kernel.transact(text + _attach(attachment, elsewhere, kernel))
     _forget_elsewhere(new, attachment, kernel)
     _forget_released(released, targets, kernel)
 
@@ -75,8 +72,9 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
         references = kernel.references(chain)
     if dormant:
         raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
+    home = _home(found.values(), attachment, kernel)
     for element in wanted:
-        if not _leads_home(found.get(element, ""), attachment):
+        if found.get(element) not in home:
             raise CniError(CHECK_FAILED, f"{wanted[element]} does not lead to the container: map {element[0]} has "
                            f"{found.get(element) or 'nothing'} for {ruleset.element_of(*element)}", "")
     mirror = kernel.mirror()
@@ -139,6 +137,7 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
     claim one port gets it. `dry_run`: nothing is written.
     """
     lost: list[Attachment] = []
+    in_place: list[Attachment] = []
     commands: list[str] = []
     refused: list[tuple[Attachment, CniError]] = []
     claimed: dict[tuple[str, bytes], Attachment] = {}
@@ -153,8 +152,9 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             wanted = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
             found = kernel.lookup(wanted)
             if len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
-                    all(_leads_home(found.get(element, ""), attachment) for element in wanted):
+                    len(found) == len(wanted) and _home(found.values(), attachment, kernel).issuperset(found.values()):
                 claimed = dict.fromkeys(wanted, attachment) | claimed
+                in_place.append(attachment)
                 continue
             try:
                 for element, port in wanted.items():
@@ -168,10 +168,9 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
                           for element in wanted if element in claimed}
             claimed = dict.fromkeys(wanted, attachment) | claimed
             lost.append(attachment)
-            commands.append(ruleset.attach(attachment, elsewhere) +
-                            _stand_by(attachment.ifname, elsewhere.values(), kernel))
+            commands.append(_attach(attachment, elsewhere, kernel))
         replaced = [*dict.fromkeys(replaced)]
-        text = (_base(lost, kernel) if lost else "") + _detach(replaced, kernel.elements_of(replaced), (), kernel)
+        text = (_base([*in_place, *lost], kernel) if in_place or lost else "") + _detach(replaced, kernel.elements_of(replaced), (), kernel)
         text += "".join(commands)
         if text and not dry_run:
             for attachment in lost:
@@ -233,10 +232,19 @@ def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
     return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
 
 
-def _leads_home(chain: str, attachment: Attachment) -> bool:
-    """Whether `chain` is of the attachment's container, through whichever interface."""
-    return chain == ruleset.chain_of(attachment.container_id, attachment.ifname) or \
-        chain.startswith(f"c/{attachment.container_id}/")
+def _home(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> set[str]:
+    """Those of `chains` that are of the attachment's container, through whichever interface."""
+    own = ruleset.chain_of(attachment.container_id, attachment.ifname)
+    return {chain for chain in {*chains}
+            if chain == own or kernel.owner(chain).container_id == attachment.container_id}
+
+
+def _attach(attachment: Attachment, elsewhere: dict[tuple[str, bytes], str], kernel: "Kernel") -> str:
+    """Commands that publish what is not published `elsewhere`, and note who stands by for whom."""
+    chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+    notes = (ruleset.stand_by(chain, ifname) for ifname in ruleset.standing_by(kernel.comments(chain)))
+    return ruleset.attach(attachment, elsewhere) + "".join(notes) + \
+        _stand_by(attachment.ifname, elsewhere.values(), kernel)
 
 
 def _stand_by(ifname: str, chains: "Iterable[str]", kernel: "Kernel") -> str:
@@ -303,7 +311,7 @@ def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:
                                f"that this plugin did not write", f"see: nft -a list chain {ruleset.TABLE} {chain}")
         if chain == "postrouting":
             bits |= ruleset.bits_of(there)
-    return ruleset.base(missing, wrong, bits) if missing or wrong else ""
+    return ruleset.base(missing, wrong, bits) if missing or wrong or kernel.is_dormant() else ""
 
 
 def _refuse_bound(attachment: Attachment, kernel: "Kernel") -> None:

@@ -27,7 +27,7 @@ def remembered(folders: Iterable[str | os.PathLike[str]] = CACHES,
                plugin: str = "portmap") -> Iterator[tuple[pathlib.Path, Attachment | Skipped]]:
     """Each cache file, the oldest first, with the live attachment that it describes or the reason why it has none."""
     files = [path for folder in folders for path in pathlib.Path(folder).glob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.stat().st_mtime, path.name)):
+    for path in sorted(files, key=_age):
         try:
             yield path, _attachment(json.loads(path.read_bytes()), plugin)
         except Skipped as reason:
@@ -38,6 +38,13 @@ def remembered(folders: Iterable[str | os.PathLike[str]] = CACHES,
             yield path, Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
 
 
+def _age(path: pathlib.Path) -> tuple[float, str]:
+    try:
+        return path.stat().st_mtime, path.name
+    except OSError:  # a runtime has just removed it
+        return 0, path.name
+
+
 def _attachment(cache: dict[str, Any], plugin: str) -> Attachment:
     if cache.get("kind") != "cniCacheV1":
         raise Skipped("not a file of libcni's cache")
@@ -45,7 +52,8 @@ def _attachment(cache: dict[str, Any], plugin: str) -> Attachment:
     plugins = conflist.get("plugins", [conflist])
     config = next((entry for entry in plugins if entry.get("type") == plugin), None)
     arguments = cache.get("capabilityArgs") or {}
-    if config is None or not arguments.get("portMappings"):
+    if config is None or not arguments.get("portMappings") or \
+            (config.get("capabilities") or {}).get("portMappings") is not True:
         raise Skipped("publishes nothing")
     result, ifname = cache["result"], cache["ifName"]
     netns = cache.get("netns") or next((interface["sandbox"] for interface in result.get("interfaces", ())
