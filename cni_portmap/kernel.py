@@ -106,6 +106,7 @@ class Kernel:
         return self._tables
 
     def has_chain(self, chain: str) -> bool:
+        """Whether the table has such a chain."""
         try:
             return self._table.chain(chain) is not None
         except OSError as error:
@@ -266,6 +267,7 @@ class Kernel:
     # --- writing ---
 
     def lock(self) -> Lock:
+        """What to hold between reading and writing."""
         return Lock()
 
     def transact(self, text: str) -> None:

@@ -289,7 +289,7 @@ _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3  # CTA_PROTO_NUM, ...
 _F_SOURCE, _F_DESTINATION, _F_NUMBER, _F_DESTINATION_PORT = 1, 2, 8, 32  # CTA_FILTER_FLAG(...)
 _FAMILIES = {4: AF_INET, 6: AF_INET6}
 _TCP, _UDP = 6, 17
-EINVAL = 22
+EINVAL, EOPNOTSUPP = 22, 95
 
 
 class Flow:
@@ -319,7 +319,7 @@ def _tuple(raw: bytes) -> tuple[bytes, bytes, int]:
 class Conntrack:
     """The connections of one protocol (a number) that this host tracks. Source: nf_conntrack_netlink.c.
 
-    A message costs the kernel a look at all of them (0.3 us each), so it should be asked seldom. It filters
+    A message costs the kernel a look at all of them (0.3 us each), so it should be asked seldom. It filters lists
     (CTA_FILTER, since Linux 5.8); an older one hands over everything, so callers look at what they get.
     """
 
@@ -358,14 +358,15 @@ class Conntrack:
     def forget(self, port: int, destination: bytes, target: bytes) -> bool:
         """Let the kernel forget the IPv4 flows that `_body` describes; False where it cannot choose.
 
-        It cannot before Linux 5.8, nor by the ports of anything but TCP and UDP (ctnetlink_filter_match_tuple).
+        Deletion heeds filters since Linux 6.11 or so (ctnetlink_flush_conntrack), and never the ports of anything but
+        TCP and UDP (ctnetlink_filter_match_tuple).
         """
         if self._protocol not in (_TCP, _UDP):
             return False
         try:
             self._socket().ask(_CT_DELETE, self._body(4, port, destination, target))
         except OSError as error:
-            if error.errno == EINVAL:
+            if error.errno in (EINVAL, EOPNOTSUPP):
                 return False
             if error.errno != ENOENT:
                 raise

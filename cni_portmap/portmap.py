@@ -73,9 +73,9 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     if dormant:
         raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
     home = _home(found.values(), attachment, kernel)
-    for element in wanted:
+    for element, port in wanted.items():
         if found.get(element) not in home:
-            raise CniError(CHECK_FAILED, f"{wanted[element]} does not lead to the container: map {element[0]} has "
+            raise CniError(CHECK_FAILED, f"{port} does not lead to the container: map {element[0]} has "
                            f"{found.get(element) or 'nothing'} for {ruleset.element_of(*element)}", "")
     mirror = kernel.mirror()
     bits = _mark_bits([attachment])
@@ -170,8 +170,8 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             lost.append(attachment)
             commands.append(_attach(attachment, elsewhere, kernel))
         replaced = [*dict.fromkeys(replaced)]
-        text = (_base([*in_place, *lost], kernel) if in_place or lost else "") + _detach(replaced, kernel.elements_of(replaced), (), kernel)
-        text += "".join(commands)
+        text = _base([*in_place, *lost], kernel) if in_place or lost else ""
+        text += _detach(replaced, kernel.elements_of(replaced), (), kernel) + "".join(commands)
         if text and not dry_run:
             for attachment in lost:
                 _open_localhost(attachment, kernel)
@@ -191,8 +191,10 @@ def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
 
 def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
         -> "tuple[list[str], dict[tuple[str, bytes], str]]":
-    """Who owns the ports of `attachment` now: the chains of dead containers, which give way; and the elements that
-    lead to this container through another of its interfaces, which stay, each with the chain that it leads to.
+    """Who owns the ports of `attachment` now.
+
+    Returns the chains of dead containers, which give way; and the elements that lead to this container through
+    another of its interfaces, which stay, each with the chain that it leads to.
 
     Raises CniError(101) where the owner is another and lives: a port has one owner, and it overlaps as in bind(2).
     """

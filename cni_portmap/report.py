@@ -35,8 +35,7 @@ class Published(NamedTuple):
 
 
 def published(kernel: Kernel) -> list[Published]:
-    """All published ports, by host port. They are what the verdict maps hold: a rule that no element leads to
-    does nothing."""
+    """All published ports, by host port: what the verdict maps hold, for a rule that none leads to does nothing."""
     rules: dict[str, list[DnatRule]] = {}
     records: dict[str, list[str]] = {}
     for chain, comment, raw in kernel.rules():

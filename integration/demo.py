@@ -68,7 +68,7 @@ def main() -> int:
         probe("a client in the LAN", client, "192.0.2.1", 8080, answers=False)
         left = [line for line in lab.table().splitlines() if "c/" in line]
         failures += bool(left)
-        print(f"  {'nothing is left of it in the table' if not left else left}")
+        print(f"  {left or 'nothing is left of it in the table'}")
         for server in servers:
             server.close()
     finally:

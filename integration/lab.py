@@ -298,7 +298,8 @@ def exchange(where: contextlib.AbstractContextManager[object], ip: str, port: in
 
 def _checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071)."""
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data[:len(data) & ~1])) + (data[-1] << 8 if len(data) % 2 else 0)
+    data += bytes(len(data) % 2)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total & 0xffff) + (total >> 16)
     return ~(total + (total >> 16)) & 0xffff
 
@@ -478,8 +479,9 @@ class Network:
             self._call(plugin, "DEL", container_id, netns, ports, result, ifname)
 
 
-def bridge_conflist(name: str = "labnet", bridge: str = "cni0", subnets: tuple[str, ...] = ("10.88.0.0/16", "fd88::/64"),
-                    version: str = "1.0.0", **portmap: Any) -> dict[str, Any]:
+def bridge_conflist(name: str = "labnet", bridge: str = "cni0",
+                    subnets: tuple[str, ...] = ("10.88.0.0/16", "fd88::/64"), version: str = "1.0.0",
+                    **portmap: Any) -> dict[str, Any]:
     """The conflist that most nodes have: a bridge with an address, then our plugin."""
     bridge_config = {"type": "bridge", "bridge": bridge, "isGateway": True, "hairpinMode": True,
                      "ipam": _ipam(name, subnets)}
@@ -550,7 +552,7 @@ def install(bin_dir: pathlib.Path) -> pathlib.Path:
 OTHER_ROOT = pathlib.Path("/mnt")  # where `other_root` shows it; in this process's own mount namespace
 
 
-_nft: tuple[object, ...] = ("nft",)
+_NFT: list[object] = ["nft"]
 
 
 @contextlib.contextmanager
@@ -559,18 +561,17 @@ def other_root(root: str) -> Iterator[None]:
 
     In the block, `nft` is that system's.
     """
-    global _nft
     run("mount", "--make-rshared", "/run")  # so that it sees the namespaces to come
     run("mount", "--bind", root, OTHER_ROOT)
     for folder in "dev", "proc", "run":
         run("mount", "--rbind", f"/{folder}", OTHER_ROOT / folder)
     run("mount", "--bind", ROOT, OTHER_ROOT / "mnt")
     run("mount", "-t", "tmpfs", "none", OTHER_ROOT / "opt")
-    _nft = "chroot", OTHER_ROOT, "nft"
+    _NFT[:] = "chroot", OTHER_ROOT, "nft"
     try:
         yield
     finally:
-        _nft = ("nft",)  # the mounts end with this process's mount namespace
+        _NFT[:] = ["nft"]  # the mounts end with this process's mount namespace
 
 
 def install_in_other_root(bin_dir: pathlib.Path) -> pathlib.Path:
@@ -585,7 +586,7 @@ def install_in_other_root(bin_dir: pathlib.Path) -> pathlib.Path:
 
 def nft(*words: object, input: str | None = None, check: bool = True) -> str:
     """Run nft, of the version that the plugin uses: 1.0.6 crashes where it reads a set that 1.1 has written."""
-    return run(*_nft, *words, input=input, check=check)
+    return run(*_NFT, *words, input=input, check=check)
 
 
 def table() -> str:

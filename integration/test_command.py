@@ -60,9 +60,9 @@ def test_list(bin_dir, web):
         ["[::]:9000-9003/udp", f"[{web.ipv6}]:9000-9003", net, me, "eth0", "0", "alive"]]
 
 
-@pytest.mark.parametrize(("options", "count"), [(["--port", 8080], 2), (["--port", 9002], 2), (["--container", "web-"], 7),
-                                                (["--container", "x"], 0), (["--network", "command"], 7),
-                                                (["--network", "other"], 0)])
+@pytest.mark.parametrize(("options", "count"), [
+    (["--port", 8080], 2), (["--port", 9002], 2), (["--container", "web-"], 7), (["--container", "x"], 0),
+    (["--network", "command"], 7), (["--network", "other"], 0)])
 def test_list_filters(bin_dir, web, options, count):
     """Filters narrow the list, and JSON has the same lines."""
     assert len(json.loads(command(bin_dir, "list", "--json", *options))) == count

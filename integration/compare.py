@@ -1,0 +1,89 @@
+#!/usr/bin/python3
+"""Measure the paths of paths.py with this plugin and with others, and print a Markdown table. As root.
+
+    integration/compare.py --plugin 'portmap 1.1.1, iptables' /usr/lib/cni/portmap iptables \\
+                           --plugin 'portmap 1.9.1, nftables' /tmp/new/usr/lib/cni/portmap nftables
+
+Debian's package containernetworking-plugins has the reference plugin: 1.1.1 in bookworm and trixie, with an iptables
+backend only, 1.9.1 in forky, with both; `apt-get download` and `dpkg -x` unpack it beside the installed one. It needs
+the packages iptables and nftables. Every plugin gets a network namespace of its own.
+"""
+import argparse
+import concurrent.futures
+import multiprocessing
+import pathlib
+import tempfile
+from typing import Any
+
+import lab
+import paths
+
+Case = tuple[paths.Path, paths.Setting, int, str]  # with the family and the protocol
+FAILED = "ADD fails"
+
+
+def measure(executable: str, config: dict[str, Any]) -> dict[Case, str]:
+    """Whom the container saw in each case; `executable`: "" for this checkout's plugin."""
+    seen = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bin_dir = pathlib.Path(folder, "bin")
+        if executable:
+            (lab.plugins(bin_dir) / "portmap").symlink_to(executable)
+        else:
+            lab.install(bin_dir)
+        for setting in paths.SETTINGS:
+            cases = [(path, setting, family, protocol) for path in paths.PATHS for family in (4, 6)
+                     for protocol in ("tcp", "udp") if paths.exists(path, setting, family)]
+            try:
+                with paths.Site(setting, bin_dir, **config) as site:
+                    for case in cases:
+                        seen[case] = site.try_path(case[0], case[2], case[3], 0.4)
+            except lab.CniFailed:
+                seen.update(dict.fromkeys(cases, FAILED))
+    return seen
+
+
+def cell(path: paths.Path, family: int, seen: dict[Case, str]) -> str:
+    """What was seen on a path: most often, and where it was something else. What should not be is bold."""
+    texts: dict[str, set[str]] = {}
+    for (its_path, setting, its_family, _), saw in seen.items():
+        if (its_path, its_family) == (path, family):
+            right = paths.wanted(path, setting)
+            text = FAILED if saw == FAILED else "no" if not saw else "yes" if not right or saw in (right, path.sees) \
+                else f"yes, but sees {saw}"
+            text = text if (saw == "") == (right == "") and saw != FAILED else f"**{text}**"
+            texts.setdefault(text, set()).add(setting.name.replace(f"IPv{family}", "one family"))
+    first, *rest = sorted(texts, key=lambda text: -len(texts[text])) or [""]
+    order = [setting.name.replace(f"IPv{family}", "one family") for setting in paths.SETTINGS]
+    where = {text: " / ".join(name for name in order if name in texts[text]) for text in rest}
+    return "; ".join([first, *(f"{text} ({where[text]})" for text in rest)])
+
+
+def table(measured: dict[str, dict[Case, str]]) -> str:
+    """The Markdown table: a line for each path, IPv4 and IPv6 apart where they differ."""
+    lines = [["path", "", "the container sees", *measured], ["---"] * (3 + len(measured))]
+    for path in paths.PATHS:
+        cells = {family: [cell(path, family, seen) for seen in measured.values()] for family in (4, 6)}
+        merged = [family for family in (4, 6) if any(cells[family])]
+        if cells[4] == cells[6]:
+            merged = merged[:1]
+        lines += ([str(path), "IPv4, IPv6" if cells[4] == cells[6] else f"IPv{family}",
+                   path.sees or "nothing", *cells[family]] for family in merged)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plugin", nargs=3, action="append", default=[], metavar=("TITLE", "EXECUTABLE", "BACKEND"),
+                        help="another portmap plugin, and its configuration's `backend`")
+    measured = {}
+    for title, executable, backend in [("cni-portmap", "", ""), *parser.parse_args().plugin]:
+        fresh = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=lab.enter) as process:
+            config = {"backend": backend} if backend else {}
+            measured[title] = process.submit(measure, executable, config).result()
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()

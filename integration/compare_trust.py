@@ -1,0 +1,310 @@
+#!/usr/bin/python3
+"""Put this plugin and others into the same trouble, and print a Markdown table of what became of it. As root.
+
+    integration/compare_trust.py --plugin 'portmap 1.9.1, nftables' /tmp/new/usr/lib/cni/portmap nftables
+
+Each scenario has a host of its own with a client in its LAN, and containers that say their names. What breaks the
+promise is bold. Other plugins' executables: see compare.py.
+"""
+import argparse
+import contextlib
+import json
+import pathlib
+import random
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import lab
+from harness import Answer, Call, Pod
+from test_concurrency import foreign_changes
+
+ERROR = Answer(99, "", "", "", "")
+
+
+class Site:
+    """A host with a plugin, a client in its LAN, and containers with a server on port 80 each."""
+
+    def __init__(self, executable: pathlib.Path, config: dict[str, Any]) -> None:
+        self.executable, self.config = executable, config
+        self.client = lab.wire("client", ("192.0.2.1/24",), ("192.0.2.2/24",))
+        self.servers: list[lab.Server] = []
+        self.namespaces: dict[str, lab.Namespace] = {}
+
+    def pod(self, name: str, *ports: str, slot: int = 0, **options: Any) -> Pod:
+        """A container; its wire and its server too, with a slot: 10.40.<slot>.2."""
+        if slot and name not in self.namespaces:
+            self.namespaces[name] = lab.wire(name, (f"10.40.{slot}.1/24",), (f"10.40.{slot}.2/24",), f"to-{name}"[:15])
+            self.servers.append(lab.Server(name, self.namespaces[name], 80))
+        return Pod(name, *ports, ips=(f"10.40.{slot}.2/24",), **{**self.config, **options})
+
+    def die(self, name: str) -> None:
+        """A container ends and nobody calls DEL."""
+        self.namespaces.pop(name).remove()
+
+    def call(self, verb: str, what: "Pod | harness.Collection") -> Answer:
+        return _answer(Call(self.executable, verb, what))
+
+    def at_once(self, verb: str, pods: list[Pod]) -> list[Answer]:
+        calls = [Call(self.executable, verb, pod) for pod in pods]
+        return [_answer(call) for call in calls]
+
+    def who(self, port: int, ip: str = "192.0.2.1") -> str:
+        """Who answers the client."""
+        saw = lab.exchange(self.client, ip, port, timeout=0.5)
+        return saw.server if saw else "nobody"
+
+    def rules(self) -> str:
+        """All rules, but the lab's own."""
+        text = lab.run("nft", "-s", "list", "ruleset")
+        return "\n".join(sorted(line for line in text.splitlines() if "elements" not in line)) + str(harness.elements())
+
+
+def _answer(call: Call) -> Answer:
+    """As harness.answer, but whatever others print is only an error."""
+    stdout, stderr = call.process.communicate(timeout=120)
+    if not call.process.returncode:
+        return Answer(0, "", "", stdout, stderr)
+    with contextlib.suppress(ValueError):
+        error = json.loads(stdout)
+        return Answer(error.get("code", 99), error.get("msg", ""), error.get("details", ""), stdout, stderr)
+    return ERROR._replace(document=stdout, stderr=stderr)
+
+
+def bad(text: str) -> str:
+    return f"**{text}**"
+
+
+# --- scenarios: each returns what happened --------------------------------------------------------------------
+
+def second_claim(site: Site) -> str:
+    site.call("ADD", site.pod("first", "8080:80", slot=1))
+    reply = site.call("ADD", site.pod("second", "8080:80", slot=2))
+    if reply.code:
+        return "refused; the owner is named" if "first" in reply.msg else "refused"
+    return bad(f"accepted; {site.who(8080)} answers")
+
+
+def overlapping_claim(site: Site) -> str:
+    site.call("ADD", site.pod("first", "8080:80", slot=1))
+    reply = site.call("ADD", site.pod("second", "192.0.2.1:8080:80", slot=2))
+    return "refused" if reply.code else bad(f"accepted; {site.who(8080)} answers")
+
+
+def dead_owner(site: Site) -> str:
+    site.call("ADD", site.pod("first", "8080:80", slot=1))
+    site.die("first")
+    site.call("ADD", site.pod("second", "8080:80", slot=2))
+    who = site.who(8080)
+    return "it answers" if who == "second" else bad(f"{who} answers")
+
+
+def late_end(site: Site) -> str:
+    old = site.pod("first", "8080:80", slot=1)
+    site.call("ADD", old)
+    site.die("first")
+    site.call("ADD", site.pod("second", "8080:80", slot=1))  # with the dead one's address
+    site.call("DEL", old)
+    who = site.who(8080)
+    return "it answers" if who == "second" else bad(f"{who} answers")
+
+
+def separate_attachments(site: Site) -> str:
+    one = site.pod("web", "8080:80", slot=1)
+    two = site.pod("web", "9090:80", slot=1, ifname="net1", network="other")
+    site.call("ADD", one)
+    site.call("ADD", two)
+    site.call("DEL", one)
+    return "it stays" if site.who(9090) == "web" else bad("it goes too")
+
+
+def add_again(site: Site) -> str:
+    web = site.pod("web", "8080:80", slot=1)
+    site.call("ADD", web)
+    once = site.rules()
+    for _ in range(3):
+        site.call("ADD", web)
+    more = len(site.rules().splitlines()) - len(once.splitlines())
+    return "nothing" if not more else bad(f"{more} rules more")
+
+
+def racers(site: Site) -> str:
+    replies = site.at_once("ADD", [site.pod(f"racer{i}", "8080:80") for i in range(12)])
+    winners = sum(not reply.code for reply in replies)
+    return "one" if winners == 1 else bad(f"{winners} of 12")
+
+
+def two_hundred(site: Site) -> str:
+    pods = [site.pod(f"pod{i}", f"{10000 + i}:80") for i in range(200)]
+    site.call("ADD", site.pod("first", "1000:80"))
+    before = site.rules()
+    failed = [sum(bool(reply.code) for reply in site.at_once(verb, pods)) for verb in ("ADD", "DEL")]
+    same = "" if site.rules() == before else "; not what it was"
+    return "none" if not sum(failed) + len(same) else bad(f"{failed[0]} ADD, {failed[1]} DEL{same}")
+
+
+def busy_neighbour(site: Site) -> str:
+    with foreign_changes():
+        pods = [site.pod(f"pod{i}", f"{10000 + i}:80") for i in range(30)]
+        failed = [sum(bool(site.call(verb, pod).code) for pod in pods) for verb in ("ADD", "DEL")]
+    return "none" if not sum(failed) else bad(f"{failed[0]} of 30 ADD, {failed[1]} of 30 DEL")
+
+
+def killed(site: Site) -> str:
+    site.call("ADD", site.pod("other", "9090:80"))
+    web = site.pod("web", "8080:80", "127.0.0.1:7070:80", "6060:60/udp")
+    web.ips = "10.40.1.2/24", "fd40:1::2/64"
+    site.call("ADD", web)
+    site.call("DEL", web)  # what is shared may stay
+    without = site.rules()
+    site.call("ADD", web)
+    whole, halves, moments = site.rules(), 0, random.Random(1)
+    for verb in ("ADD", "DEL") * 50:
+        site.call("DEL", web)
+        site.call("ADD" if verb == "DEL" else "DEL", web)
+        call = Call(site.executable, verb, web)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            call.process.wait(moments.uniform(0.001, 0.06))
+        call.process.kill()
+        call.process.communicate()
+        halves += site.rules() not in (without, whole)
+    return "never" if not halves else bad(f"{halves} of 100")
+
+
+def _table(site: Site) -> str:
+    """The table with the plugin's base."""
+    tables = lab.run("nft", "list", "tables").splitlines()
+    return next(line.partition(" ")[2] for line in tables if "cni_" in line or "nat" in line)
+
+
+def _check_after(site: Site, damage: Callable[[str], None]) -> str:
+    web = site.pod("web", "8080:80", slot=1)
+    site.call("ADD", web)
+    if site.call("CHECK", web).code:
+        return bad("CHECK fails before")
+    damage(_table(site))
+    check = site.call("CHECK", web)
+    delete = site.call("DEL", site.pod("web"))
+    site.call("ADD", web)
+    wrong = [text for text, is_wrong in (("CHECK sees nothing", not check.code), ("DEL fails", bool(delete.code)),
+                                         ("ADD does not", site.who(8080) != "web")) if is_wrong]
+    return bad(", ".join(wrong)) if wrong else "yes"
+
+
+def flushed(site: Site) -> str:
+    return _check_after(site, lambda table: harness.nft("flush ruleset"))
+
+
+def base_chain_flushed(site: Site) -> str:
+    return _check_after(site, lambda table: harness.nft(f"flush chain {table} prerouting"))
+
+
+def base_chain_deleted(site: Site) -> str:
+    return _check_after(site, lambda table: harness.nft(f"flush chain {table} output", f"delete chain {table} output"))
+
+
+def redirected(site: Site) -> str:
+    def damage(table: str) -> None:
+        text = lab.run("nft", "list", "table", *table.split())
+        harness.nft(f"flush table {table}", text.replace("10.40.1.2:80", "10.40.1.66:80"))
+    return _check_after(site, damage)
+
+
+def foreign_rule(site: Site) -> str:
+    site.call("ADD", site.pod("web", "8080:80", slot=1))
+    harness.nft(f"add rule {_table(site)} output tcp dport 1 counter comment \"somebody's\"")
+    site.call("ADD", site.pod("other", "9090:80", slot=2))
+    return "it stays" if "somebody's" in lab.run("nft", "list", "ruleset") else bad("it is deleted")
+
+
+def collected(site: Site) -> str:
+    site.call("ADD", site.pod("stale", "8080:80", slot=1))
+    site.call("ADD", site.pod("valid", "9090:80", slot=2))
+    collection = harness.Collection("net", site.pod("valid"))
+    reply = site.call("GC", collection)
+    left = site.who(8080), site.who(9090)
+    return "yes" if not reply.code and left == ("nobody", "valid") else bad("no")
+
+
+def host_process(site: Site) -> str:
+    server = lab.Server("host process", lab.HOST, 8080)
+    reply = site.call("ADD", site.pod("web", "8080:80", slot=1, hostPortInUse="refuse"))
+    server.close()
+    return "refused" if reply.code else bad("accepted")
+
+
+def restored(site: Site) -> str:
+    web = site.pod("web", "8080:80", slot=1)
+    site.call("ADD", web)
+    harness.nft("flush ruleset")
+    command = site.executable.parent.parent / "sbin/cni-portmap"
+    if not command.exists():
+        return bad("no way")
+    from test_restore import Cache
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache(pathlib.Path(folder))
+        cache.write(web)
+        lab.run(command, "restore", "--cache", folder)
+    return "yes" if site.who(8080) == "web" else bad("no")
+
+
+# what is promised, the test that proves it, the scenario
+PROMISES: list[tuple[str, str, Callable[[Site], str]]] = [
+    ("a second container claims a port", "test_ownership: test_second_claim", second_claim),
+    ("… on one address, where the first has all", "test_ownership: test_second_claim", overlapping_claim),
+    ("a container claims the port of one that died without DEL", "test_ownership: test_dead_owner_gives_way",
+     dead_owner),
+    ("… with its address, and the late DEL comes", "test_ownership: test_address_used_again", late_end),
+    ("one network of a container is deleted: its port on another", "test_ownership: test_attachments_of_one_container",
+     separate_attachments),
+    ("ADD three times more leaves", "test_ownership: test_same_attachment_again", add_again),
+    ("a process of the host has the port (`hostPortInUse: refuse`)", "test_ownership: test_host_port_in_use",
+     host_process),
+    ("12 containers claim one port at once: who gets it", "test_concurrency: test_twelve_racers", racers),
+    ("200 containers come at once, go at once: what fails", "test_concurrency: test_two_hundred", two_hundred),
+    ("somebody changes other rules all the time: what fails", "test_concurrency: test_foreign_changes", busy_neighbour),
+    ("`kill -9` at 100 moments: half-done", "test_faults: test_killed_at_every_instant", killed),
+    ("`nft flush ruleset`: CHECK tells, DEL succeeds, ADD repairs", "test_faults: test_damage", flushed),
+    ("the shared chain is flushed: the same", "test_faults: test_damage", base_chain_flushed),
+    ("a shared chain is deleted: the same", "test_faults: test_damage", base_chain_deleted),
+    ("a rule leads elsewhere: the same", "test_faults: test_damage", redirected),
+    ("somebody's own rule in the shared chain, after an ADD", "test_faults: test_foreign_rules_stay", foreign_rule),
+    ("GC removes what is not valid, and nothing else", "test_concurrency: test_everything_at_once", collected),
+    ("after a firewall's reload all ports come back", "test_restore: test_everything_comes_back", restored),
+]
+
+
+def measure(executable: pathlib.Path, config: dict[str, Any]) -> list[str]:
+    """What happened in each scenario."""
+    happened = []
+    for _, _, scenario in PROMISES:
+        with harness.fresh_host():
+            site = Site(executable, config)
+            try:
+                happened.append(scenario(site))
+            finally:
+                for server in site.servers:
+                    server.close()
+    return happened
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plugin", nargs=3, action="append", default=[], metavar=("TITLE", "EXECUTABLE", "BACKEND"),
+                        help="another portmap plugin, and its configuration's `backend`")
+    plugins = parser.parse_args().plugin
+    lab.enter()
+    with tempfile.TemporaryDirectory() as folder:
+        columns = [("cni-portmap", measure(lab.install(pathlib.Path(folder, "bin")) / "portmap", {}))]
+    columns += [(title, measure(pathlib.Path(executable), {"backend": backend, "cniVersion": "1.0.0"}
+                                if backend else {})) for title, executable, backend in plugins]
+    print("| what happens | test |", *(f"{title} |" for title, _ in columns))
+    print("|" + "---|" * (2 + len(columns)))
+    for (promise, test, _), *cells in zip(PROMISES, *(cells for _, cells in columns)):
+        print(f"| {promise} | `{test}` |", *(f"{cell} |" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What a call costs, counted and not timed: what it tells and asks the kernel, and its system calls, by strace.
+
+Bounds have some room, for other versions of Python and libnftables; what must be none or one has none. The times are
+in scripts/bench.
+"""
+import collections
+import pathlib
+import re
+import socket
+
+import harness
+import lab
+import pytest
+from cni_portmap import config, ruleset
+from harness import Pod
+
+# nf_tables' messages in their order (enum nf_tables_msg_types): strace does not know a socket's protocol before its
+# first message has left, and prints that one's number.
+NAMES = ("NEWTABLE GETTABLE DELTABLE NEWCHAIN GETCHAIN DELCHAIN NEWRULE GETRULE DELRULE NEWSET GETSET DELSET NEWSETELEM "
+         "GETSETELEM DELSETELEM NEWGEN GETGEN").split()
+TYPE = re.compile(r"nlmsg_type=(?:NFNL_SUBSYS_NFTABLES<<8\|NFT_MSG_(\w+)|0xa(\w\w)\b|(\w+))")
+CROWD = 500
+NOBODY, ONE, UDP = Pod("nobody"), Pod("one", "8080:80"), Pod("udp", "8080:80/udp")
+SPECIFIC, MANY = Pod("specific", "192.0.2.1:8080:80"), Pod("many", *(f"{port}:{port}" for port in range(9000, 9100)))
+
+host = harness.host_fixture
+
+
+class Trace:
+    """A call under strace. Counted by message: `wrote` in transactions, `asked` by our reads, `listed` by libnftables.
+
+    `read`: how many bytes our own reads got; `refused`: answers to libnftables that are errors; `system_calls` by name.
+    """
+
+    def __init__(self, host: harness.Host, verb: str, pod: Pod, log: pathlib.Path) -> None:
+        reply = host.call(verb, pod, "strace", "-f", "-s", "2000", "-o", log)
+        assert not reply.code, reply
+        self.system_calls, self.wrote, self.asked, self.listed = (collections.Counter[str]() for _ in range(4))
+        self.transactions = self.read = self.refused = 0
+        for line in log.read_text().splitlines():
+            call = re.match(r"\d+ +(\w+)\(", line)
+            if not call:
+                continue
+            self.system_calls[call[1]] += 1
+            messages = [name or other or dict(enumerate(NAMES)).get(int(number, 16), number)
+                        for name, number, other in TYPE.findall(line)]
+            if call[1] == "sendmsg" and messages:
+                self.transactions += messages[0] in ("NFNL_MSG_BATCH_BEGIN", "0x10")  # the number: in CHECK's namespace
+                self.wrote.update(messages)
+            elif call[1] == "sendto":  # without an address it is ours
+                (self.asked if "NULL, 0) =" in line else self.listed).update(messages)
+            elif call[1] == "recvfrom":
+                self.read += int(line.rpartition("= ")[2])
+            elif call[1] == "recvmsg":
+                self.refused += line.count("error=-")
+
+
+@pytest.fixture
+def trace(host, tmp_path):
+    """Traces calls on a node that others use, too: a container, a hundred connections."""
+    host.add(Pod("other", "1:1"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as source:
+        sink.bind(("0.0.0.0", 9))
+        for number in range(100):
+            source.sendto(b"", (f"127.0.1.{number}", 9))
+    return lambda verb, pod: Trace(host, verb, pod, tmp_path / "strace")
+
+
+def crowd(*places):
+    """Publish a port each of many others, in bulk, as ADD writes it."""
+    lab.run("nft", "-f", "-", input="".join(ruleset.attach(config.Attachment(
+        f"crowd{number}", "eth0", "net", "/run/netns/crowd", 1, {4: config.Address(4, "10.20.0.3", "10.20.0.0/24")},
+        (config.Port(4, "tcp", ip, port, 80),), 13)) for number, (ip, port) in enumerate(places)))
+
+
+@pytest.mark.parametrize("verb, pod, transactions, asked, system_calls", [
+    ("VERSION", NOBODY, 0, 0, 450),
+    ("ADD", NOBODY, 0, 0, 450),
+    ("CHECK", NOBODY, 0, 0, 450),
+    ("DEL", NOBODY, 0, 1, 550),
+    ("STATUS", NOBODY, 1, 8, 900),
+    ("ADD", ONE, 1, 14, 900),
+    ("ADD", UDP, 1, 18, 900),
+    ("ADD", SPECIFIC, 1, 14, 900),
+    ("ADD", MANY, 1, 114, 1000),
+    ("CHECK", ONE, 1, 32, 900),
+    ("CHECK", MANY, 1, 132, 1000),
+    ("DEL", ONE, 1, 14, 900),
+    ("DEL", UDP, 1, 14, 900),
+    ("DEL", SPECIFIC, 1, 14, 900),
+    ("DEL", MANY, 1, 114, 1000)], ids=lambda value: getattr(value, "id", None))
+def test_call(host, trace, verb, pod, transactions, asked, system_calls):
+    """A call asks little, sends one transaction at most, is refused nothing, and starts no process and no thread."""
+    if verb in ("CHECK", "DEL"):
+        host.add(pod)
+    before = harness.generation()
+    seen = trace(verb, pod)
+    assert seen.transactions == transactions
+    assert harness.generation() - before == (transactions if verb in ("ADD", "DEL") else 0)
+    assert seen.asked.total() <= asked, seen.asked
+    assert seen.system_calls.total() <= system_calls, seen.system_calls
+    assert not seen.refused
+    assert not {"clone", "clone3", "fork", "vfork"} & {*seen.system_calls}
+    assert seen.system_calls["execve"] == 1
+
+
+@pytest.mark.parametrize("pod", [ONE, UDP, SPECIFIC, MANY], ids=lambda pod: pod.id)
+def test_add_takes_nothing_away(trace, pod):
+    """A plain ADD's transaction only adds: after one that deletes, closing the socket takes 11 ms."""
+    seen = trace("ADD", pod)
+    assert {*seen.wrote} == {"NFNL_MSG_BATCH_BEGIN", "NEWCHAIN", "NEWRULE", "NEWSETELEM", "NFNL_MSG_BATCH_END"}
+
+
+@pytest.mark.parametrize("verb", ["ADD", "CHECK", "DEL"])
+@pytest.mark.parametrize("pod", [ONE, UDP, SPECIFIC], ids=lambda pod: pod.id)
+def test_others_cost_nothing(host, trace, verb, pod):
+    """With hundreds of others there, a call asks and reads as much as with one."""
+    seen = []
+    for places in (), [("", 10000 + number) for number in range(CROWD)]:
+        crowd(*places)
+        if verb in ("CHECK", "DEL"):
+            host.add(pod)
+        seen.append(trace(verb, pod))
+        if verb in ("ADD", "CHECK"):
+            host.delete(pod)
+    alone, among = seen
+    assert among.asked == alone.asked
+    assert among.read == alone.read
+    # libnftables lists chains, and nothing that there are more of.
+    assert among.listed == alone.listed and not {"GETRULE", "GETSETELEM"} & {*among.listed}
+
+
+@pytest.mark.parametrize("verb, pod, grows", [("ADD", ONE, True), ("CHECK", ONE, False), ("DEL", ONE, False),
+                                              ("ADD", SPECIFIC, False), ("DEL", SPECIFIC, False)])
+def test_others_on_an_address_each(host, trace, verb, pod, grows):
+    """Only ADD of a port on every address reads all those on one address, in one listing: any of them may overlap."""
+    seen = []
+    for places in (), [(f"192.0.3.{number % 250}", 10000 + number) for number in range(CROWD)]:
+        crowd(*places)
+        if verb in ("CHECK", "DEL"):
+            host.add(pod)
+        seen.append(trace(verb, pod))
+        if verb in ("ADD", "CHECK"):
+            host.delete(pod)
+    alone, among = seen
+    assert among.asked == alone.asked
+    assert 0 < (among.read - alone.read) / CROWD < 150 if grows else among.read == alone.read

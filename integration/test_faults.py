@@ -1,0 +1,502 @@
+"""Death, errors of the kernel, and other people's hands: all or nothing, one clear error, and a way back."""
+import itertools
+import os
+import pathlib
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable
+
+import harness
+import lab
+import pytest
+import soak
+from harness import TABLE, Call, Collection, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
+
+WEB = Pod("web", "8080:80", "127.0.0.1:7070:70/udp")
+OTHER = Pod("other", "9090:80")
+EVERYTHING = "TRUST_EVERYTHING" in os.environ  # every error at every call, minutes instead of seconds
+
+
+# --- kill -9 --------------------------------------------------------------------------------------------------
+
+def _nothing() -> None:
+    pass
+
+
+def _base() -> None:
+    fork("ADD", OTHER)
+
+
+def _published() -> None:
+    _base()
+    fork("ADD", WEB)
+
+
+def _owner_dead() -> None:
+    _base()
+    place, away = pathlib.Path("/run/netns/dead"), pathlib.Path("/run/netns/away")  # one inode, whenever this runs
+    if not away.exists():
+        away.touch()
+    away.rename(place)
+    fork("ADD", Pod("dead", "8080:80", "6060:60"))
+    place.rename(away)
+
+
+def _base_damaged() -> None:
+    _published()
+    harness.nft(f"flush chain {TABLE} dispatch", f"delete chain {TABLE} output")
+
+
+def _three_stale() -> None:
+    _base()
+    for i in range(3):
+        fork("ADD", Pod(f"stale{i}", f"{9000 + i}:80", network="old"))
+
+
+SWEEPS: dict[str, tuple[Callable[[], None], str, "Pod | Collection"]] = {
+    "the first ADD ever": (_nothing, "ADD", WEB),
+    "ADD": (_base, "ADD", WEB),
+    "ADD again with other ports": (_published, "ADD", WEB.but("8081:80", "7070:70/udp")),
+    "ADD in place of a dead owner": (_owner_dead, "ADD", WEB),
+    "ADD that repairs the base": (_base_damaged, "ADD", WEB),
+    "DEL": (_published, "DEL", WEB),
+    "GC of three": (_three_stale, "GC", Collection("old")),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_killed_at_every_instant(host, name):
+    """Killed at the beginning of each of its system calls, a call leaves all or nothing, and the next converges."""
+    prepare, verb, what = SWEEPS[name]
+
+    def reset() -> list[str]:
+        harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
+        prepare()
+        return harness.state()
+
+    before = reset()
+    assert not fork(verb, what).code
+    after = harness.state()
+    assert before != after
+    found: list[str] | None = None
+    seen = []
+    for instant in itertools.count():
+        if found != before:
+            assert reset() == before
+        if not harness.call(verb, what, stop_at=instant).killed:
+            break
+        found = harness.state()
+        assert found in (before, after), f"half-done when killed at system call {instant}"
+        seen.append(found == after)
+        if instant % 5 == 0:
+            assert not fork(verb, what).code
+            assert harness.state() == after
+            if isinstance(what, Pod):
+                assert not fork("DEL", what).code
+                assert what.chain not in harness.chains() + [*harness.elements().values()]
+            found = None
+    assert len(seen) > 40 and not seen[0] and seen[-1]
+
+
+def test_killed_at_random(host):
+    """The executable, killed at 60 random moments, leaves all or nothing, and the next DEL and ADD succeed."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    host.add(OTHER)
+    without = harness.state()
+    host.add(WEB)
+    complete = harness.state()
+    for verb in ("ADD", "DEL") * 30:
+        fork("DEL" if verb == "ADD" else "ADD", WEB)
+        call = Call(host.executable, verb, WEB)
+        time.sleep(moments.uniform(0.005, 0.06))  # any moment of its life
+        call.process.kill()
+        call.answer()
+        assert harness.state() in (without, complete), f"{verb}, seed {seed}"
+    host.delete(WEB)
+    assert harness.state() == without
+    host.add(WEB)
+    assert harness.state() == complete
+
+
+# --- errors of the kernel -------------------------------------------------------------------------------------
+
+# From the first netlink socket on: every call on a netlink socket, on the lock and on a sysctl.
+_FAULTY = re.compile(r"\d+ (?:(socket|sendto|recvfrom|sendmsg|recvmsg|[gs]etsockopt|flock|pselect6|select|poll)\("
+                     r"|(openat)\(AT_FDCWD, \"/(?:run|proc)|(write)\([3-9])")
+_ERRORS = "EINTR", "ENOMEM", "EPERM", "ENOSPC", "ENOBUFS"
+
+
+def _instants(trace: str) -> list[tuple[str, int]]:
+    """Name and number of the system calls in a trace that can fail, from the first netlink socket on."""
+    counts: dict[str, int] = {}
+    found, started = [], False
+    for line in trace.splitlines():
+        name = re.match(r"\d+ +(\w+)\(", line)
+        if not name:
+            continue
+        counts[name[1]] = counts.get(name[1], 0) + 1
+        started |= "socket(AF_NETLINK" in line
+        if started and _FAULTY.match(re.sub(" +", " ", line)):
+            found.append((name[1], counts[name[1]]))
+    return found
+
+
+@pytest.mark.parametrize("verb", ["ADD", "DEL", "CHECK"])
+def test_every_call_fails(host, verb, tmp_path):
+    """Whichever system call fails, with whichever error: one error that names it or success, nothing half-done."""
+    lab.wire("web", ("10.20.0.1/24", "fd20::1/64"), ("10.20.0.2/24", "fd20::2/64"))
+    web = Pod("web", "8080:80", "127.0.0.1:7070:70/udp", ips=("10.20.0.2/24", "fd20::2/64"))
+
+    def reset() -> None:
+        fork("DEL" if verb == "ADD" else "ADD", web)
+        lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
+
+    fork("ADD", OTHER)
+    fork("ADD", web)
+    complete = harness.state()
+    fork("DEL", web)
+    without = harness.state()
+    reset()
+    trace = tmp_path / "trace"
+    assert not host.call(verb, web, "strace", "-f", "-o", trace).code
+    instants = _instants(trace.read_text())
+    assert len(instants) > 20
+    outcomes, problems = set(), []
+    for index, (name, number) in enumerate(instants):
+        for error in _ERRORS if EVERYTHING else [_ERRORS[index % len(_ERRORS)]]:
+            reset()
+            try:
+                reply = host.call(verb, web, "strace", "-f", "-o", trace, "-e", f"trace={name}",
+                                  "-e", f"inject={name}:error={error}:when={number}")
+                assert reply.code != -1
+                outcomes.add(reply.code)
+                found = harness.state()
+                assert found in ([complete] if verb == "CHECK" else [without, complete])
+                assert reply.code or found == (without if verb == "DEL" else complete)
+            except AssertionError as problem:
+                problems.append(f"{name} {number} {error}: {problem}")
+    assert not problems, "\n".join(problems)
+    assert 0 in outcomes and outcomes & {5, 100}
+    assert not fork("DEL", web).code and harness.state() == without
+
+
+# --- other people's hands -------------------------------------------------------------------------------------
+
+def _delete_rule(chain: str, index: int) -> Callable[[], None]:
+    def damage() -> None:
+        handles = re.findall(r" # handle (\d+)", lab.run("nft", "-a", "list", "chain", "inet", "cni_portmap", chain))
+        harness.nft(f"delete rule {TABLE} {chain} handle {handles[1:][index]}")
+    return damage
+
+
+def _nft(*commands: str) -> Callable[[], None]:
+    return lambda: harness.nft(*commands)
+
+
+_BASE = {"guard": 2, "prerouting": 1, "output": 1, "dispatch": 3, "postrouting": 1}  # chain: its rules
+_OWN_RULES = 7  # the record, two marks, v4 and v6
+BOTH = Pod("web", "8080:80", ips=("10.20.0.2/24", "fd20::2/64"))
+
+# what is done, and what CHECK must name
+DAMAGES: dict[str, tuple[Callable[[], None], str]] = {
+    "ruleset flushed": (_nft("flush ruleset"), "tcp port 8080 on 0.0.0.0"),
+    "table deleted": (_nft(f"delete table {TABLE}"), "tcp port 8080 on 0.0.0.0"),
+    "table flushed": (_nft(f"flush table {TABLE}"), "chain dispatch"),
+    "table dormant": (_nft(f"add table {TABLE} {{ flags dormant; }}"), "dormant"),
+    "element deleted": (_nft(f"delete element {TABLE} hostports {{ ipv6 . tcp . 8080 }}"), "tcp port 8080 on ::"),
+    "map flushed": (_nft(f"flush map {TABLE} hostports"), "tcp port 8080 on 0.0.0.0"),
+    "element stolen": (_nft(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080 }}",
+                            f"create element {TABLE} hostports {{ ipv4 . tcp . 8080 : goto {OTHER.chain} }}"),
+                       "tcp port 8080 on 0.0.0.0"),
+    "own chain flushed": (_nft(f"flush chain {TABLE} {BOTH.chain}"), f"chain {BOTH.chain}"),
+    "own chain deleted": (_nft(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080, ipv6 . tcp . 8080 }}",
+                               f"delete chain {TABLE} {BOTH.chain}"), "tcp port 8080 on 0.0.0.0"),
+    "led elsewhere": (_nft(f"flush chain {TABLE} {BOTH.chain}",
+                           f"add rule {TABLE} {BOTH.chain} meta nfproto ipv4 tcp dport 8080 dnat ip to 10.20.0.66:80"),
+                      f"chain {BOTH.chain}"),
+    **{f"own rule {index} deleted": (_delete_rule(BOTH.chain, index), f"chain {BOTH.chain}")
+       for index in range(_OWN_RULES)},
+    **{f"{chain} flushed": (_nft(f"flush chain {TABLE} {chain}"), f"chain {chain}") for chain in _BASE},
+    **{f"{chain} deleted": (_nft(f"delete chain {TABLE} {chain}"), f"chain {chain}")
+       for chain in _BASE if chain != "dispatch"},
+    **{f"rule {index} of {chain} deleted": (_delete_rule(chain, index), f"chain {chain}")
+       for chain, rules in _BASE.items() for index in range(rules)},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage(host, name):
+    """Whatever somebody removes: CHECK names it, DEL succeeds, the next ADD repairs it."""
+    damage, named = DAMAGES[name]
+    host.add(OTHER, BOTH)
+    whole = harness.state()
+    assert not host.call("CHECK", BOTH).code
+    damage()
+    damaged = harness.state()
+    reply = host.call("CHECK", BOTH)
+    assert reply.code == 104 and named in reply.msg, reply
+    assert harness.state() == damaged
+    host.delete(OTHER)
+    assert OTHER.chain not in harness.chains()
+    assert all(chain != OTHER.chain or name == "element stolen" for chain in harness.elements().values())
+    host.add(OTHER, BOTH)
+    assert harness.state() == whole
+    for pod in BOTH, OTHER:
+        assert not host.call("CHECK", pod).code
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_delete_after_damage(host, name):
+    """Whatever somebody removes, the container whom it concerns leaves nothing."""
+    host.add(OTHER, BOTH)
+    DAMAGES[name][0]()
+    host.delete(BOTH, BOTH)
+    assert BOTH.chain not in harness.chains() + [*harness.elements().values()]
+
+
+# What stands in the table before our first ADD; whether ADD can live with it, else what its error must name.
+FOREIGN = {
+    "an empty table": ("", ""),
+    "chains and sets of their own": ("set blocked { type ipv4_addr; elements = { 192.0.2.66 }; }\n"
+                                     "chain mine { type filter hook input priority 0; ip saddr @blocked drop; }", ""),
+    "a rule in a base chain": ("chain output { type nat hook output priority -100; tcp dport 1 redirect to :2; }",
+                               "chain output"),
+    "a rule in dispatch": ("chain dispatch { counter; }", "chain dispatch"),
+    "dispatch with a hook": ("chain dispatch { type filter hook input priority 0; }", "dispatch"),
+    "a set in place of a map": ("set hostports { type inet_service; }", "hostports"),
+    "a map of another type": ("map hostports { type inet_service : verdict; }", "hostports"),
+    "a map of another kind": ("map hostports { type nf_proto . inet_proto . inet_service : mark; }", "hostports"),
+    "an element that drops": ("map hostports { type nf_proto . inet_proto . inet_service : verdict; "
+                              "elements = { ipv4 . tcp . 8080 : drop }; }", "tcp port 8080"),
+    "an element that leads to them": ("chain mine { counter; }\nmap hostports { type nf_proto . inet_proto . "
+                                      "inet_service : verdict; elements = { ipv4 . tcp . 8080 : goto mine }; }",
+                                      "tcp port 8080"),
+    "an element for another port": ("chain mine { counter; }\nmap hostports { type nf_proto . inet_proto . "
+                                    "inet_service : verdict; elements = { ipv4 . tcp . 1 : jump mine }; }", ""),
+    "a chain that looks like an owner": ("chain c/somebody/eth0 { counter; }\nmap hostports { type nf_proto . "
+                                         "inet_proto . inet_service : verdict; elements = { ipv4 . tcp . 8080 : goto "
+                                         "c/somebody/eth0 }; }", "container somebody"),
+    "a full map": ("map hostports { type nf_proto . inet_proto . inet_service : verdict; size 1; }", "hostports"),
+    "a map with intervals": ("map hostports { type nf_proto . inet_proto . inet_service : verdict; flags interval; "
+                             "elements = { ipv4 . tcp . 1-9000 : drop }; }", "8080"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_table(host, name):
+    """What others wrote into a table of our name stays as it is; where it is in the way, the error names it."""
+    text, named = FOREIGN[name]
+    harness.nft(f"table {TABLE} {{", text, "}")
+    theirs = harness.state()
+    pod = Pod("web", "8080:80", "8081:81")
+    reply = host.call("ADD", pod)
+    if named:
+        assert reply.code in (100, 101, 103) and named in reply.msg + reply.details, reply
+        assert harness.state() == theirs
+        status = host.call("STATUS", Collection("net"))
+        assert status.code in (0, 50)
+        assert host.call("CHECK", pod).code == 104
+    else:
+        assert not reply.code, reply
+        assert not host.call("CHECK", pod).code
+        host.add(pod)
+        host.delete(pod)
+    host.delete(pod)
+    assert not host.call("GC", Collection("net")).code
+    assert {*theirs} <= {*harness.state()}
+
+
+@pytest.mark.parametrize("chain", [*_BASE, WEB.chain])
+def test_foreign_rules_stay(host, chain):
+    """Somebody's own rules in our chains, before and after ours, disturb nobody and are not touched."""
+    host.add(WEB)
+    harness.nft(f'insert rule {TABLE} {chain} tcp dport 1 counter comment "first"',
+                f'add rule {TABLE} {chain} tcp dport 1 counter comment "last"')
+    host.add(OTHER)
+    for pod in WEB, OTHER:
+        assert not host.call("CHECK", pod).code
+    host.delete(OTHER)
+    rules = [line for line in harness.state() if '"first"' in line or '"last"' in line]
+    assert len(rules) == 2 and all(chain in rule for rule in rules)
+    host.delete(WEB)
+
+
+@pytest.mark.parametrize("verb", ["DEL", "ADD", "GC"])
+def test_foreign_rule_leads_to_a_container(host, verb):
+    """Where somebody's own rule leads to a container's chain, the error names the chain; nothing is half-done."""
+    host.add(WEB)
+    harness.nft(f"add chain {TABLE} mine", f"add rule {TABLE} mine jump {WEB.chain}")
+    before = harness.state()
+    reply = host.call(verb, Collection("net") if verb == "GC" else WEB)
+    assert reply.code == 100 and WEB.chain in reply.msg + reply.details, reply
+    assert harness.state() == before
+    harness.nft(f"flush chain {TABLE} mine")
+    host.delete(WEB)
+    assert not harness.chains()
+
+
+def test_table_owned_by_a_process(host):
+    """A table of our name that belongs to a running program (nft's flag owner) is named as what is in the way."""
+    with subprocess.Popen(["nft", "-i"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdin and owner.stdout
+        owner.stdin.write(f"add table {TABLE} {{ flags owner; }}\nlist tables inet\n")
+        owner.stdin.flush()
+        while "cni_portmap" not in owner.stdout.readline():
+            pass
+        reply = host.call("ADD", WEB)
+        assert reply.code in (100, 103) and "cni_portmap" in reply.msg + reply.details, reply
+        assert "CAP_NET_ADMIN" not in reply.details, "a hint that leads nowhere"
+        host.delete(WEB)
+        owner.stdin.close()
+        owner.wait()
+    host.add(WEB)
+
+
+@pytest.mark.parametrize("family", ["ip", "ip6", "netdev"])
+def test_same_name_in_another_family(host, family):
+    """A table of our name in another family is none of our business."""
+    harness.nft(f"add table {family} cni_portmap", f"add chain {family} cni_portmap prerouting")
+    before = harness.listing(f"table {family} cni_portmap")
+    host.add(WEB)
+    host.delete(WEB)
+    assert harness.listing(f"table {family} cni_portmap") == before
+
+
+# --- a poor environment ---------------------------------------------------------------------------------------
+
+def _mounted(script: str) -> tuple[object, ...]:
+    """A command that runs another after `script`, in a mount namespace of its own."""
+    return "unshare", "-m", "--propagation", "private", "sh", "-ec", f'{script}\nexec "$@"', "sh"
+
+
+_PACKAGES = "/usr/lib/python3/dist-packages"
+_LIBRARY = "/usr/lib/*/libnftables.so.1.*"  # the file itself, not a link to it
+_NEEDS_LIBNFTABLES = {"ADD": 5, "DEL": 5, "CHECK": 5, "STATUS": 50}
+_DROP = "-net_admin"
+
+# how it is run: the code, and what the error must say; "" where the verb succeeds because it needs nothing of it
+POOR: dict[str, tuple[tuple[object, ...], dict[str, tuple[int, str]]]] = {
+    "no binding": (_mounted(f"mount -t tmpfs none {_PACKAGES}"),
+                   {verb: (code, "python3-nftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
+    "binding of another library": (_mounted(f"mount -t tmpfs none {_PACKAGES}; touch {_PACKAGES}/nftables.py"),
+                                   {verb: (code, "libnftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
+    "no library": (_mounted(f"for f in {_LIBRARY}; do mount --bind /dev/null $f; done"),
+                   {verb: (code, "libnftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
+    "library too old": (_mounted(f"for f in {_LIBRARY}; do mount --bind /usr/lib/*/libm.so.6 $f; done"),
+                        {verb: (code, "libnftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
+    "no CAP_NET_ADMIN": (("setpriv", "--bounding-set", _DROP, "--inh-caps", _DROP),
+                         {"ADD": (0, "CAP_NET_ADMIN"), "DEL": (0, "CAP_NET_ADMIN"), "CHECK": (0, "CAP_NET_ADMIN"),
+                          "GC": (0, "CAP_NET_ADMIN"), "STATUS": (50, "CAP_NET_ADMIN")}),
+    "not root": (("setpriv", "--reuid", 65534, "--regid", 65534, "--clear-groups"),
+                 {"ADD": (0, "root"), "DEL": (0, "root"), "CHECK": (0, "root"), "GC": (0, "root"),
+                  "STATUS": (50, "root")}),
+    "sysctls are read-only": (_mounted("mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys"),
+                              {"ADD": (5, "route_localnet")}),
+    "/run is read-only": (_mounted("mount --bind /run /run; mount -o remount,bind,ro /run"),
+                          {"ADD": (5, "/run/cni-portmap.lock"), "DEL": (5, "/run/cni-portmap.lock"),
+                           "CHECK": (5, "/run/cni-portmap.lock")}),
+    "/run is full": (_mounted("mount -t tmpfs -o nr_inodes=1 none /run"),
+                     {"ADD": (5, "/run/cni-portmap.lock"), "DEL": (5, "/run/cni-portmap.lock"),
+                      "CHECK": (5, "/run/cni-portmap.lock")}),
+    "no file descriptors": (("prlimit", "--nofile=5"), {"ADD": (5, ""), "DEL": (5, ""), "CHECK": (5, "")}),
+}
+
+
+@pytest.mark.parametrize(("name", "verb"), [(name, verb) for name, (_, verbs) in POOR.items() for verb in verbs])
+def test_poor_environment(host, name, verb, tmp_path_factory):
+    """Where something that the plugin needs is missing: one error that says what to do, and nothing is written."""
+    wrapped, verbs = POOR[name]
+    code, named = verbs[verb]
+    anybody = pathlib.Path("/opt/trust")  # pytest's own folders are root's alone
+    lab.run("mkdir", "-p", anybody)
+    lab.run("mount", "-t", "tmpfs", "none", anybody)
+    try:
+        executable = lab.install(anybody / "bin") / "portmap"
+        lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
+        if verb != "ADD":
+            host.add(WEB)
+        lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
+        before = harness.state()
+        what = Collection("net") if verb in ("GC", "STATUS") else WEB
+        reply = Call(executable, verb, what, wrapped).answer()
+        assert reply.code == code or not code and reply.code in (5, 100), reply
+        assert named in reply.msg + reply.details, reply
+        assert reply.details, "what to do?"
+        assert harness.state() == before
+    finally:
+        lab.run("umount", anybody)
+        anybody.rmdir()
+    if verb == "ADD":
+        host.add(WEB)
+
+
+@pytest.mark.parametrize("name", ["no binding", "no library", "/run is full", "sysctls are read-only"])
+@pytest.mark.parametrize("verb", ["ADD", "CHECK", "DEL"])
+def test_poor_environment_without_ports(host, name, verb):
+    """A container that publishes nothing needs nothing."""
+    reply = Call(host.executable, verb, Pod("quiet"), POOR[name][0]).answer()
+    assert not reply.code, reply
+
+
+# --- what a call leaves behind --------------------------------------------------------------------------------
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _netfilter_sockets() -> int:
+    lines = pathlib.Path("/proc/net/netlink").read_text().splitlines()[1:]
+    return sum(line.split()[1] == "12" and line.split()[2] != "0" for line in lines)
+
+
+@pytest.mark.parametrize("verb", ["ADD", "CHECK", "DEL", "GC"])
+def test_nothing_is_left_of_a_call(host, verb):
+    """When a call returns its work is done, its pipes are closed, no process goes on; its sockets go at once."""
+    if verb != "ADD":
+        host.add(WEB)
+    pipes = [os.pipe() for _ in range(4)]
+    lent = [write for _, write in pipes]
+    call = Call(host.executable, verb, Collection("net") if verb == "GC" else WEB, pass_fds=lent)
+    for write in lent:
+        os.close(write)
+    assert call.process.stdout and call.process.stderr
+    ends = [read for read, _ in pipes] + [call.process.stdout.fileno(), call.process.stderr.fileno()]
+    harness._libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        assert call.process.wait(timeout=60) == 0
+        assert bool(harness.chains()) == (verb in ("ADD", "CHECK"))
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)  # orphans would be ours now
+    finally:
+        harness._libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    for end in ends:
+        os.set_blocking(end, False)
+        while os.read(end, 1 << 16):  # to its end; a writer that lives on would raise BlockingIOError
+            pass
+    for read, _ in pipes:
+        os.close(read)
+    deadline = time.monotonic() + (5 if verb == "CHECK" else 1)  # CHECK leaves a whole namespace to clear away
+    while _netfilter_sockets():
+        assert time.monotonic() < deadline, "its sockets live on"
+        time.sleep(0.005)
+
+
+def test_nothing_is_kept_on_disk(host, tmp_path):
+    """No call writes a file but the lock and a sysctl, so after a reboot nothing is stale."""
+    lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
+    trace, written = tmp_path / "trace", set()
+    for verb in "ADD", "CHECK", "ADD", "DEL":
+        host.call(verb, WEB, "strace", "-f", "-qq", "-e", "trace=%file", "-e", "status=successful", "-o", trace)
+        calls = trace.read_text()
+        written |= {*re.findall(r' (?:open\w*|creat)\([^"]*"([^"]*)", [^)]*O_(?:WRONLY|RDWR|CREAT)', calls)}
+        assert not re.search(r" (mk|link|symlink|rename|unlink|rmdir|truncate)\w*\(", calls)
+    assert written == {str(harness.LOCK), "/proc/sys/net/ipv4/conf/to-web/route_localnet"}
+    assert not harness.LOCK.read_bytes()
+
+
+def test_soak(host):
+    """After 200 containers have come and gone, nothing has grown. (soak.py is the long one.)"""
+    assert not soak.soak(host.executable, 200)

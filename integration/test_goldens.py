@@ -1,0 +1,28 @@
+"""Every golden of tests/goldens loads in a real kernel, and what nft lists then is the same ruleset again."""
+import lab
+import pytest
+
+GOLDENS = {path.stem: path for path in sorted((lab.ROOT / "tests/goldens").glob("*.nft"))}
+# What a golden builds on, where that is not `base`; see tests/test_ruleset.py.
+AFTER = {"base": "", "detach": "attach-dual-stack", "replace": "attach-dual-stack",
+         "second-interface": "attach-dual-stack", "inherit": "second-interface"}
+
+
+def scripts(name):
+    """The goldens that lead to `name`, which is the last."""
+    before = AFTER.get(name, "base")
+    return [*(scripts(before) if before else ()), GOLDENS[name].read_text()]
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name):
+    """The golden loads as one transaction, after those that it builds on; its listing loads and lists the same."""
+    with lab.fresh_host():
+        lab.nft("flush", "ruleset")
+        for script in scripts(name):
+            lab.nft("-f", "-", input=script)
+        listing = lab.nft("list", "ruleset")
+        assert "table inet cni_portmap" in listing
+        lab.nft("--check", "-f", "-", input=listing)
+        lab.nft("-f", "-", input=f"flush ruleset\n{listing}")
+        assert lab.nft("list", "ruleset") == listing

@@ -1,0 +1,432 @@
+"""A random walk: calls, deaths, damage, races, and after every step the kernel holds what a simple model says.
+
+TRUST_STEPS steps (2,000) of the walk TRUST_SEED (another one each time; it is printed). The model knows who owns
+what, and nothing of nftables; `observed` reads the kernel with nft. Most calls run in a fork of this process, some
+through the executable. In the end real clients connect to everything that may be published.
+"""
+import itertools
+import os
+import random
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import harness
+import lab
+from harness import TABLE, Answer, Call, Collection, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
+
+STEPS = int(os.environ.get("TRUST_STEPS", "2000"))
+SEED = int(os.environ.get("TRUST_SEED", random.randrange(1 << 32)))
+
+CONTAINERS, SLOTS = 6, 8  # slot: an address; the next container gets a free one, so addresses come again
+INTERFACES = {"eth0": "lan", "net1": "wan"}  # interface: its network
+HOST_IPS = "192.0.2.1", "192.0.2.9", "2001:db8::1"
+PUBLISHED = "", "", "0.0.0.0", "::", "127.0.0.1", "::1", *HOST_IPS  # hostIP
+HOST_PORTS, CONTAINER_PORTS, PROTOCOLS = range(8000, 8005), (80, 81), ("tcp", "udp")
+
+Claim = tuple[str, str, str]  # as nft writes it: address or family, protocol, port
+
+
+# --- the model ------------------------------------------------------------------------------------------------
+
+class Owned(NamedTuple):
+    """An attachment: its record, where its rules lead to, and which claims lead to its rules."""
+
+    network: str
+    netns: str  # path#inode, "" if the record is lost
+    targets: "tuple[tuple[Claim, str], ...]"
+    claims: frozenset[Claim]
+    standby: frozenset[str]  # the container's other interfaces that publish some of it too
+
+
+State = dict[str, Owned]  # by chain
+BASE = frozenset(("dispatch", "guard", "prerouting", "output", "postrouting"))
+
+
+class Model:  # noqa: PLW1641  # compared, never in a set
+    """What the kernel should hold: who owns what, and which pieces of the base are whole."""
+
+    def __init__(self, owned: State | None = None, base: frozenset[str] = frozenset()) -> None:
+        self.owned, self.base = dict(owned or {}), base
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Model) and (self.owned, self.base) == (other.owned, other.base)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"base {sorted(self.base)}", *(f"{chain} {owned}" for chain, owned in self.owned.items())])
+
+    def add(self, pod: Pod) -> "tuple[int, Model]":
+        """The code and the state that an ADD leads to."""
+        wanted = targets_of(pod)
+        gone, mates = {pod.chain}, set()
+        for chain, owned in self.owned.items():
+            if chain == pod.chain or not any(overlap(claim, other) for claim in wanted for other in owned.claims):
+                continue
+            if is_dead(owned.netns):
+                gone.add(chain)
+            elif chain.startswith(f"c/{pod.id}/"):
+                mates.add(chain)
+            else:
+                return 101, self
+        old = self.owned.get(pod.chain)
+        left = self.without(gone, wanted, pod).owned
+        claims = frozenset(wanted).difference(*(self.owned[mate].claims for mate in mates))
+        left[pod.chain] = Owned(pod.network, f"{pod.netns}#{inode(pod.netns)}", tuple(sorted(wanted.items())), claims,
+                                old.standby if old else frozenset())
+        for mate in mates:
+            if {*wanted} & self.owned[mate].claims:
+                left[mate] = left[mate]._replace(standby=left[mate].standby | {pod.ifname})
+        return 0, Model(left, BASE)
+
+    def without(self, chains: "set[str]", wanted: "Iterable[Claim]" = (), heir: Pod | None = None) -> "Model":
+        """What remains when attachments go. A port that its container publishes elsewhere too goes on there.
+
+        Not so what is `wanted` by `heir`, nor, where that is another container, anything that overlaps with it.
+        """
+        left = {chain: owned for chain, owned in self.owned.items() if chain not in chains}
+        for chain in chains & {*self.owned}:
+            container = chain.rpartition("/")[0]
+            for mate in (f"{container}/{ifname}" for ifname in sorted(self.owned[chain].standby)):
+                if mate in left:
+                    freed = {claim for claim in self.owned[chain].claims if claim in dict(left[mate].targets)
+                             and claim not in wanted and (heir and chain.startswith(f"c/{heir.id}/") or
+                                                          not any(overlap(claim, other) for other in wanted))}
+                    left[mate] = left[mate]._replace(claims=left[mate].claims | freed)
+        return Model(left, self.base)
+
+    def check(self, pod: Pod) -> int:
+        """The code of a CHECK."""
+        wanted, owned = targets_of(pod), self.owned.get(pod.chain)
+        led = {claim for chain, mate in self.owned.items() if chain.startswith(f"c/{pod.id}/") for claim in mate.claims}
+        whole = owned and owned.targets == tuple(sorted(wanted.items())) and {*wanted} <= led and \
+            owned.netns == f"{pod.netns}#{inode(pod.netns)}"
+        return 0 if whole and self.base == BASE else 104
+
+
+def targets_of(pod: Pod) -> dict[Claim, str]:
+    """Each claim of a pod, and where it leads to."""
+    v4, v6 = (ip.partition("/")[0] for ip in pod.ips)
+    found = {}
+    for port in pod.ports:
+        ip = str(port["hostIP"])
+        for family, target in ("ipv4", f"{v4}:{port['containerPort']}"), ("ipv6", f"{v6}:{port['containerPort']}"):
+            if not ip or (":" in ip) == (family == "ipv6"):
+                address = family if ip in ("", "0.0.0.0", "::") else ip
+                found[address, str(port["protocol"]), str(port["hostPort"])] = target
+    return found
+
+
+def overlap(one: Claim, other: Claim) -> bool:
+    """Whether two claims cannot have different owners, as in bind(2)."""
+    def family(claim: Claim) -> str:
+        return claim[0] if claim[0].startswith("ipv") else "ipv6" if ":" in claim[0] else "ipv4"
+    return one[1:] == other[1:] and family(one) == family(other) and \
+        (one[0] == other[0] or family(one) in (one[0], other[0]))
+
+
+def inode(path: str) -> str:
+    return str(os.stat(path).st_ino) if os.path.exists(path) else ""
+
+
+def is_dead(netns: str) -> bool:
+    path, _, number = netns.partition("#")
+    return bool(number) and inode(path) != number
+
+
+# --- the kernel -----------------------------------------------------------------------------------------------
+
+def observed() -> Model:
+    """What the kernel holds, as nft tells it. A piece of the base is whole if it is as in the beginning."""
+    claims: dict[str, set[Claim]] = {}
+    entries = harness.listing()
+    for claim, chain in harness.elements(entries).items():
+        claims.setdefault(chain, set()).add(claim)
+    rules: dict[str, list[dict[str, Any]]] = {}
+    hooks = {}
+    for entry in entries:
+        if "chain" in entry:
+            rules.setdefault(entry["chain"]["name"], [])
+            hooks[entry["chain"]["name"]] = entry["chain"]
+        elif "rule" in entry:
+            rules.setdefault(entry["rule"]["chain"], []).append(entry["rule"])
+    owned = {}
+    for chain, its_rules in rules.items():
+        if chain.startswith("c/"):
+            record = next((rule["comment"] for rule in its_rules if "comment" in rule), "")
+            found = re.fullmatch(r"net=(\S+) netns=(\S+)", record)
+            targets = tuple(sorted(filter(None, map(_target, its_rules))))
+            standby = (re.fullmatch(r"also on (\S+)", rule.get("comment", "")) for rule in its_rules)
+            owned[chain] = Owned(found[1] if found else "", found[2] if found else "", targets,
+                                 frozenset(claims.pop(chain, ())), frozenset(note[1] for note in standby if note))
+    assert not claims, f"elements of nobody: {claims}"
+    pictures = {chain: str((hooks[chain], rules[chain])) for chain in BASE & {*rules}}
+    for chain, picture in pictures.items():
+        _whole.setdefault(chain, picture)  # the first is right: test_damage looks at each rule
+    return Model(owned, frozenset(chain for chain, picture in pictures.items() if picture == _whole[chain]))
+
+
+_whole: dict[str, str] = {}
+
+
+def _target(rule: dict[str, Any]) -> tuple[Claim, str] | None:
+    """The claim that a rule translates, and to where; None for other rules."""
+    translation = next((part["dnat"] for part in rule["expr"] if "dnat" in part), None)
+    if not translation:
+        return None
+    address, (protocol, port) = "", ("", "")
+    for match in (part["match"] for part in rule["expr"] if "match" in part):
+        left = match["left"]
+        if "payload" in left and left["payload"]["field"] == "dport":
+            protocol, port = left["payload"]["protocol"], str(match["right"])
+        else:
+            address = match["right"]
+    return (address, protocol, port), f"{translation['addr']}:{translation['port']}"
+
+
+# --- the world ------------------------------------------------------------------------------------------------
+
+class World:
+    """The containers that live, and a walk through what may happen to them."""
+
+    def __init__(self, host: Host, seed: int) -> None:
+        self.host, self.random = host, random.Random(seed)
+        self.model = Model()
+        self.slots: dict[int, int] = {}  # container: its slot
+        self.born = 0
+        self.log: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.devices: dict[int, str] = {}  # container: the host's end of its wire
+        self.pods: dict[str, Pod] = {}  # the last that was asked for, by chain
+        for container in range(CONTAINERS):
+            self.birth(container)
+
+    # --- containers ---
+
+    def birth(self, container: int) -> None:
+        """A container begins (again), with an address that is free: perhaps a dead one's, still in the rules."""
+        slot = self.random.choice([slot for slot in range(1, SLOTS + 1) if slot not in self.slots.values()])
+        self.slots[container] = slot
+        self.born += 1
+        device = self.devices[container] = f"w{container}.{self.born}"
+        lab.run("ip", "-batch", "-", input="\n".join((
+            f"netns add c{container}", f"link add {device} type veth peer name eth0 netns c{container}",
+            f"address add 10.20.{slot}.1/24 dev {device}", f"address add fd20:{slot}::1/64 dev {device} nodad",
+            f"link set {device} up")))
+        lab.run("ip", "-n", f"c{container}", "-batch", "-", input="\n".join((
+            f"address add 10.20.{slot}.2/24 dev eth0", f"address add fd20:{slot}::2/64 dev eth0 nodad",
+            "link set lo up", "link set eth0 up", f"route add default via 10.20.{slot}.1",
+            f"route add default via fd20:{slot}::1")))
+
+    def death(self, container: int) -> None:
+        lab.run("ip", "link", "del", self.devices[container])
+        lab.run("ip", "netns", "del", f"c{container}")
+        del self.slots[container]
+
+    def pod(self, container: int, ifname: str) -> Pod:
+        """What a runtime would ask for now, for a container that lives."""
+        slot = self.slots[container]
+        pod = Pod(f"c{container}", ips=(f"10.20.{slot}.2/24", f"fd20:{slot}::2/64"), ifname=ifname,
+                  network=INTERFACES[ifname])
+        claims: set[Claim] = set()
+        for _ in range(self.random.choice((1, 1, 2, 3))):
+            ip, port = self.random.choice(PUBLISHED), self.random.choice(HOST_PORTS)
+            protocol, to = self.random.choice(PROTOCOLS), self.random.choice(CONTAINER_PORTS)
+            asked = harness.mapping(f"{f'[{ip}]' if ':' in ip else ip}:{port}:{to}/{protocol}")
+            new = {*targets_of(_with(pod, asked))}
+            if not any(overlap(claim, old) for claim in new for old in claims):
+                claims |= new
+                pod.ports.append(asked)
+        return pod
+
+    # --- calls ---
+
+    def outcome(self, verb: str, what: "Pod | Collection", model: Model) -> tuple[int, Model]:
+        """What the model expects of a call: its code, and what it leads to."""
+        if isinstance(what, Collection):
+            return 0, model.without({chain for chain, owned in model.owned.items()
+                                    if owned.network == what.network and chain not in what.chains})
+        if verb == "ADD":
+            return model.add(what)
+        if verb == "DEL":
+            return 0, model.without({what.chain})
+        return model.check(what), model
+
+    def draw(self, only: str = "") -> "tuple[str, Pod | Collection]":
+        """A call that a runtime may make."""
+        verb = only or self.random.choices(("ADD", "DEL", "CHECK", "GC"), (10, 6, 3, 1))[0]
+        if verb == "GC":
+            network = self.random.choice((*INTERFACES.values(), "unknown"))
+            alive = [pod for pod in self.pods.values() if self.random.random() < 0.8]
+            return verb, Collection(network, *alive)
+        known = [chain for chain in self.model.owned if chain in self.pods]
+        if verb != "ADD" and known and self.random.random() < 0.8:
+            return verb, self.pods[self.random.choice(known)]
+        container, ifname = self.random.randrange(CONTAINERS), self.random.choice((*INTERFACES, "eth0"))
+        if container not in self.slots:
+            return "DEL", self.pods.get(f"c/c{container}/{ifname}") or Pod(f"c{container}", ifname=ifname)
+        pod = self.pod(container, ifname)
+        if verb == "ADD":
+            self.pods[pod.chain] = pod
+        return verb, pod
+
+    def call(self, only: str = "") -> None:
+        verb, what = self.draw(only)
+        self.log[-1] += f": {verb} {describe(what)}"
+        code, expected = self.outcome(verb, what, self.model)
+        reply = self.host.call(verb, what) if self.random.random() < 0.04 else fork(verb, what)
+        assert reply.code == code, reply
+        self.settle([expected])
+
+    def crash(self) -> None:
+        """A call that is killed, at a random system call."""
+        verb, what = self.draw()
+        instant = self.random.randrange(140)
+        self.log[-1] += f": {verb} {describe(what)} at {instant}"
+        _, expected = self.outcome(verb, what, self.model)
+        harness.call(verb, what, stop_at=instant).answer()
+        self.settle([self.model, expected])
+
+    def race(self) -> None:
+        """Calls at the same time: answers and outcome are those of one order or another."""
+        calls = [self.draw() for _ in range(self.random.choice((2, 2, 3, 4)))]
+        self.log[-1] += ": " + ", ".join(f"{verb} {describe(what)}" for verb, what in calls)
+        under_way = [harness.call(verb, what) for verb, what in calls]
+        codes = [each.answer().code for each in under_way]
+        found, orders = observed(), []
+        for order in itertools.permutations(range(len(calls))):
+            model, expected = self.model, [0] * len(calls)
+            for index in order:
+                expected[index], model = self.outcome(*calls[index], model)
+            if expected == codes and model == found:
+                self.model = model
+                return
+            orders.append((expected, model))
+        raise AssertionError(f"no order explains {codes} and\n{found}\n\nexpected one of {orders}")
+
+    # --- what others do ---
+
+    def toggle(self) -> None:
+        container = self.random.randrange(CONTAINERS)
+        if container in self.slots:
+            self.log[-1] += f": death of c{container}"
+            self.death(container)
+        else:
+            self.log[-1] += f": birth of c{container}"
+            self.birth(container)
+
+    def flush(self) -> None:
+        harness.nft("flush ruleset")
+        harness.conntrack_on()
+        self.settle([Model()])
+
+    def damage(self) -> None:
+        """Somebody removes a piece."""
+        owned, base = dict(self.model.owned), self.model.base
+        choices = [chain for chain in base if chain != "dispatch"] if self.random.random() < 0.5 else [*owned]
+        if not choices:
+            return
+        chain = self.random.choice(sorted(choices))
+        if chain in base:
+            command = self.random.choice((f"delete chain {TABLE} {chain}", f"flush chain {TABLE} {chain}",
+                                          f"flush chain {TABLE} dispatch"))
+            base -= {chain if f" {chain}" in command else "dispatch"}
+        elif owned[chain].claims and self.random.random() < 0.5:
+            claim = self.random.choice(sorted(owned[chain].claims))
+            name = "hostports" if claim[0].startswith("ipv") else f"hostip{6 if ':' in claim[0] else 4}_hostports"
+            command = f"delete element {TABLE} {name} {{ {' . '.join(claim)} }}"
+            owned[chain] = owned[chain]._replace(claims=owned[chain].claims - {claim})
+        else:
+            command = f"flush chain {TABLE} {chain}"
+            owned[chain] = owned[chain]._replace(network="", netns="", targets=(), standby=frozenset())
+        self.log[-1] += f": {command}"
+        harness.nft(command)
+        self.settle([Model(owned, base)])
+
+    # --- the walk ---
+
+    def settle(self, expected: list[Model]) -> None:
+        """The kernel holds what one of the `expected` models says."""
+        found = observed()
+        for model in expected:
+            if found == model:
+                self.model = model
+                return
+        raise AssertionError("the kernel holds\n" + f"{found}\n\nexpected\n" + "\nor\n".join(map(repr, expected)))
+
+    def step(self, number: int) -> None:
+        kind, = self.random.choices(("call", "race", "crash", "toggle", "damage", "flush"), (140, 16, 24, 12, 7, 1))
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.log = [*self.log[-30:], f"{number} {kind}"]
+        getattr(self, kind)()
+
+    def connect(self, client: lab.Namespace) -> int:
+        """Real clients connect to whatever may be published: they reach whom the model says. How many did."""
+        names = {f"10.20.{slot}.2": container for container, slot in self.slots.items()}
+        names |= {f"fd20:{slot}::2": container for container, slot in self.slots.items()}
+        servers = [lab.Server(f"c{container}:{port}", _Inside(container), port, protocol)
+                   for container in self.slots for port in CONTAINER_PORTS for protocol in PROTOCOLS]
+        led = {claim: dict(owned.targets).get(claim, "") for owned in self.model.owned.values()
+               for claim in owned.claims}
+        answered = 0
+        for ip, port, protocol in itertools.product(HOST_IPS, HOST_PORTS, PROTOCOLS):
+            wildcard = "ipv6" if ":" in ip else "ipv4"
+            target = led.get((ip, protocol, str(port)), led.get((wildcard, protocol, str(port)), ""))
+            address, _, to = target.rpartition(":")
+            expected = f"c{names[address]}:{to}" if address in names else None
+            saw = lab.exchange(client, ip, port, protocol, timeout=5 if expected else 0.3)
+            assert (saw.server if saw else None) == expected, f"{protocol} {ip} {port} leads to {saw}"
+            answered += saw is not None
+        for server in servers:
+            server.close()
+        return answered
+
+
+class _Inside:
+    """The namespace of a container, for this thread."""
+
+    def __init__(self, container: int) -> None:
+        self._path = f"/run/netns/c{container}"
+
+    def __enter__(self) -> None:
+        self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        with open(self._path) as inside:
+            lab._call(lab._libc.setns(inside.fileno(), lab.CLONE_NEWNET))
+
+    def __exit__(self, *_: object) -> None:
+        lab._call(lab._libc.setns(self._outside, lab.CLONE_NEWNET))
+        os.close(self._outside)
+
+
+def _with(pod: Pod, port: dict[str, object]) -> Pod:
+    other = pod.but()
+    other.ports = [port]
+    return other
+
+
+def describe(what: "Pod | Collection") -> str:
+    if isinstance(what, Collection):
+        return f"{what.network} but {sorted(what.chains)}"
+    return " ".join((what.chain, *(f"{port['hostIP']}:{port['hostPort']}:{port['containerPort']}/{port['protocol']}"
+                                   for port in what.ports)))
+
+
+def test_walk(host):
+    """After every step of a random walk the kernel holds what a model says, and packets go where it says."""
+    print(f"TRUST_SEED={SEED} TRUST_STEPS={STEPS}")
+    lan = lab.wire("client", ("192.0.2.1/24", "2001:db8::1/64"), ("192.0.2.2/24", "2001:db8::2/64"))
+    lab.run("ip", "address", "add", "192.0.2.9/24", "dev", lan.host_device)
+    world = World(host, SEED)
+    answered = 0
+    try:
+        for number in range(1, STEPS + 1):
+            world.step(number)
+            if not number % 500 or number == STEPS:
+                for _ in range(20):
+                    world.log.append("before clients connect")
+                    world.call("ADD")
+                answered += world.connect(lan)
+    except BaseException:
+        print("the last steps:", *world.log, sep="\n  ")
+        raise
+    print(f"{world.counts}, {answered} connections")
+    assert answered

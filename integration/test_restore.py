@@ -1,0 +1,345 @@
+"""cni-portmap restore: after a flush the kernel holds again what libcni remembers of those that live, and no more."""
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import random
+import subprocess
+import threading
+from typing import Any
+
+import harness
+import lab
+import pytest
+from cni_portmap import portmap, restore
+from cni_portmap.config import Attachment
+from harness import TABLE, Call, Fork, Host, Pod, host_fixture  # noqa: F401  # pytest finds fixtures by name
+from test_faults import BOTH, DAMAGES, OTHER
+
+PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}}
+
+
+class Cache:
+    """A results folder of libcni: libcni/api.go, cachedInfo."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def write(self, pod: Pod, **changes: Any) -> pathlib.Path:
+        """The file that libcni writes after ADD. `changes`: other members; None for none."""
+        stdin = json.loads(pod.stdin("ADD"))
+        conflist = {"cniVersion": "1.1.0", "name": pod.network, "plugins": [
+            {"type": "bridge", "bridge": "cni0"},
+            {**PORTMAP, **{key: value for key, value in pod.config.items() if key not in ("cniVersion", "name")}}]}
+        entry = {"kind": "cniCacheV1", "containerId": pod.id, "config": conflist, "ifName": pod.ifname,
+                 "networkName": pod.network, "netns": pod.netns, "cniArgs": [["IgnoreUnknown", "1"]],
+                 "capabilityArgs": {"portMappings": pod.ports}, "result": stdin["prevResult"], **changes}
+        entry["config"] = base64.b64encode(json.dumps(entry["config"]).encode()).decode()
+        path = self.folder / f"{pod.network}-{pod.id}-{pod.ifname}"
+        path.write_text(json.dumps({key: value for key, value in entry.items() if value is not None}))
+        return path
+
+    def restore(self, host: Host, *options: object, status: int = 0) -> Any:
+        """Run the command: its report."""
+        command = host.executable.parent.parent / "sbin/cni-portmap"
+        done = subprocess.run([command, "restore", "--json", "--cache", self.folder, *map(str, options)],
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == status and "Traceback" not in done.stderr, done
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path)
+
+
+def alive(*pods: Pod) -> tuple[Pod, ...]:
+    for name in {pathlib.Path(pod.netns).name for pod in pods}:
+        lab.Namespace(name)
+    return pods
+
+
+def flush() -> None:
+    harness.nft("flush ruleset")
+
+
+def restored(report: Any) -> list[str]:
+    return sorted(f"c/{each['container']}/{each['interface']}" for each in report["restored"])
+
+
+# --- what comes back ------------------------------------------------------------------------------------------
+
+def test_everything_comes_back(host, cache):
+    """What 50 containers had published is there again after one transaction; a second run writes nothing."""
+    namespace = lab.Namespace("shared")
+    pods = [Pod(f"pod{i}", f"{9000 + i}:80", f"127.0.0.1:{9000 + i}:53/udp", netns=namespace.path,
+                ips=(f"10.20.0.{i + 2}/16", f"fd20::{i + 2}/64")) for i in range(50)]
+    for pod in pods:
+        assert not harness.fork("ADD", pod).code
+        cache.write(pod)
+    before = harness.state()
+    flush()
+    generation = harness.generation()
+    assert restored(cache.restore(host)) == sorted(pod.chain for pod in pods)
+    assert harness.state() == before and harness.generation() == generation + 1
+    again = cache.restore(host)
+    assert not again["restored"] and again["in_place"] == 50
+    assert harness.generation() == generation + 1
+    for pod in pods[::10]:
+        assert not host.call("CHECK", pod).code
+    host.delete(*pods[::10])
+
+
+def test_dry_run(host, cache):
+    """A dry run says what a real one would do, and writes nothing."""
+    web, other = alive(Pod("web", "8080:80"), Pod("other", "9090:80"))
+    cache.write(web)
+    cache.write(other)
+    host.add(other)
+    before, generation = harness.state(), harness.generation()
+    planned = cache.restore(host, "--dry-run")
+    assert restored(planned) == [web.chain] and planned["in_place"] == 1
+    assert harness.state() == before and harness.generation() == generation
+    assert cache.restore(host) == planned
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name != "element stolen"])
+def test_every_damage(host, cache, name):
+    """Whatever somebody removed, restore brings back, the shared base too."""
+    pods = alive(OTHER, BOTH)
+    host.add(*pods)
+    for pod in pods:
+        cache.write(pod)
+    before = harness.state()
+    DAMAGES[name][0]()
+    cache.restore(host)
+    assert harness.state() == before
+    for pod in pods:
+        assert not host.call("CHECK", pod).code
+
+
+def test_what_is_whole_is_left_alone(host, cache):
+    """Only what is lost is written: others keep their counters."""
+    pods = alive(Pod("web", "8080:80"), Pod("other", "9090:80"))
+    host.add(*pods)
+    for pod in pods:
+        cache.write(pod)
+    handles = lab.run("nft", "-a", "list", "chain", "inet", "cni_portmap", pods[1].chain)
+    harness.nft(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080 }}")
+    assert restored(cache.restore(host)) == [pods[0].chain]
+    assert lab.run("nft", "-a", "list", "chain", "inet", "cni_portmap", pods[1].chain) == handles
+
+
+def test_one_port_on_two_networks(host, cache):
+    """A port that a container publishes on two networks comes back as it was, and outlives the first of them."""
+    lan, wan = alive(Pod("web", "8080:80", ifname="eth0", network="lan"),
+                     Pod("web", "8080:80", ifname="eth1", network="wan", ips=("10.21.0.2/24",)))
+    host.add(lan, wan)
+    for age, pod in enumerate((wan, lan)):  # libcni's files, the older last
+        path = cache.write(pod)
+        os.utime(path, (1000 - age, 1000 - age))
+    before = harness.state()
+    flush()
+    assert restored(cache.restore(host)) == [lan.chain, wan.chain]
+    assert harness.state() == before
+    host.delete(lan)
+    assert harness.elements() == {("ipv4", "tcp", "8080"): wan.chain}
+
+
+# --- which files ----------------------------------------------------------------------------------------------
+
+WEB = Pod("web", "8080:80")
+SANDBOX = [{"name": "eth0", "sandbox": WEB.netns}]
+
+# changes to the file, all of which runtimes write: it comes back
+SHAPES: dict[str, dict[str, Any]] = {
+    "libcni 1.1 and later": {},
+    "libcni before 1.1 has no netns": {"netns": None},
+    "no arguments": {"cniArgs": None},
+    "containerd's capitals": {"capabilityArgs": {"portMappings": [
+        {"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""}], "dns": {"Servers": []}}},
+    "a single plugin": {"config": {**PORTMAP, "cniVersion": "1.0.0", "name": "net"}},
+    "cniVersion 0.4.0": {"config": {"cniVersion": "0.4.0", "name": "net", "plugins": [{"type": "bridge"}, PORTMAP]},
+                         "result": {"cniVersion": "0.4.0", "interfaces": SANDBOX,
+                                    "ips": [{"version": "4", "address": "10.20.0.2/24", "interface": 0}]}},
+    "cniVersion 0.2.0": {"config": {"cniVersion": "0.2.0", "name": "net", "plugins": [{"type": "bridge"}, PORTMAP]},
+                         "result": {"cniVersion": "0.2.0", "ip4": {"ip": "10.20.0.2/24"}}},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(host, cache, name):
+    """Every shape that libcni's file has had leads to the same rules."""
+    alive(WEB)
+    host.add(WEB)
+    before = harness.state()
+    cache.write(WEB, **SHAPES[name])
+    flush()
+    assert restored(cache.restore(host)) == [WEB.chain]
+    assert harness.state() == before
+
+
+# changes to the file that mean that nothing was published, or that it cannot be known what
+NOTHING: dict[str, dict[str, Any]] = {
+    "its namespace is gone": {"netns": "/run/netns/gone"},
+    "its namespace is a file that is left": {"netns": "/run/left"},
+    "its namespace is a folder": {"netns": "/run"},
+    "no namespace is known": {"netns": None, "result": {"ips": [{"address": "10.20.0.2/24"}]}},
+    "no ports": {"capabilityArgs": {"portMappings": []}},
+    "no capability arguments": {"capabilityArgs": None},
+    "capability not asked for": {"config": {"cniVersion": "1.0.0", "name": "net",
+                                            "plugins": [{"type": "bridge"}, {"type": "portmap"}]}},
+    "capability switched off": {"config": {"cniVersion": "1.0.0", "name": "net", "plugins": [
+        {"type": "bridge"}, {"type": "portmap", "capabilities": {"portMappings": False}}]}},
+    "another plugin": {"config": {"cniVersion": "1.0.0", "name": "net", "plugins": [{**PORTMAP, "type": "other"}]}},
+    "another kind": {"kind": "cniCacheV9"},
+    "no container": {"containerId": None},
+    "a container ID that is none": {"containerId": "../x; flush ruleset"},
+    "an interface that is none": {"ifName": 'eth0" ; flush ruleset'},
+    "a network that is none": {"networkName": "no name"},
+    "no result": {"result": None},
+    "result without addresses": {"result": {"cniVersion": "1.0.0", "interfaces": SANDBOX}},
+    "a port that is none": {"capabilityArgs": {"portMappings": [{"hostPort": 99999, "containerPort": 80}]}},
+    "mappings that are no list": {"capabilityArgs": {"portMappings": {"hostPort": 1}}},
+    "plugins that are no list": {"config": {"cniVersion": "1.0.0", "name": "net", "plugins": 7}},
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_to_restore(host, cache, name):
+    """Who is dead or publishes nothing, and what cannot be understood, is skipped with the reason; others come back."""
+    pathlib.Path("/run/left").touch()
+    other, _ = alive(Pod("other", "9090:80"), WEB)
+    file = cache.write(WEB, **NOTHING[name])
+    cache.write(other)
+    report = cache.restore(host)
+    assert restored(report) == [other.chain] and harness.chains() == [other.chain]
+    assert [each["file"] for each in report["skipped"]] == [str(file)] and report["skipped"][0]["reason"]
+
+
+def test_garbage(host, cache):
+    """Whatever lies in the folder, restore goes on."""
+    alive(WEB)
+    whole = cache.write(WEB).read_bytes()
+    for index, data in enumerate((b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 100000, whole[:len(whole) // 2],
+                                  whole.replace(b'"config": "', b'"config": "A'), whole + whole)):
+        (cache.folder / f"garbage{index}").write_bytes(data)
+    os.mkfifo(cache.folder / "pipe")
+    (cache.folder / "folder").mkdir()
+    (cache.folder / "loop").symlink_to("loop")
+    report = cache.restore(host)
+    assert restored(report) == [WEB.chain] and len(report["skipped"]) == 9
+
+
+def test_no_folder(host, cache):
+    """A folder that does not exist holds nothing."""
+    cache.folder = pathlib.Path("/run/nowhere")
+    assert cache.restore(host) == {"restored": [], "refused": [], "in_place": 0, "skipped": []}
+    assert not harness.state()
+
+
+def test_files_that_vanish(cache):
+    """Files that libcni removes meanwhile are no error."""
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            for i in range(20):
+                (cache.folder / f"file{i}").touch()
+            for i in range(20):
+                (cache.folder / f"file{i}").unlink()
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert not [found for _, found in restore.remembered([cache.folder]) if isinstance(found, Attachment)]
+    finally:
+        done.set()
+        thread.join()
+
+
+# --- who gets a port ------------------------------------------------------------------------------------------
+
+def test_the_oldest_claim_wins(host, cache):
+    """Of two files that claim one port, the older gets it; the other is refused by name and exit status."""
+    first, second, third = alive(Pod("first", "8080:80"), Pod("second", "192.0.2.1:8080:80", "7070:70"),
+                                 Pod("third", "9090:80"))
+    for age, pod in enumerate((third, second, first)):
+        os.utime(cache.write(pod), (1000 - age, 1000 - age))
+    report = cache.restore(host, status=1)
+    assert restored(report) == [first.chain, third.chain] == harness.chains()
+    assert [each["container"] for each in report["refused"]] == ["second"]
+    assert "tcp port 8080 on 192.0.2.1 is already published by container first" in report["refused"][0]["reason"]
+
+
+def test_a_living_owner_stays(host, cache):
+    """A port that another container has got meanwhile stays with it."""
+    web, new = alive(WEB, Pod("new", "8080:80"))
+    cache.write(web)
+    host.add(new)
+    before = harness.state()
+    report = cache.restore(host, status=1)
+    assert [each["container"] for each in report["refused"]] == [web.id] and "container new" in \
+        report["refused"][0]["reason"]
+    assert harness.state() == before
+
+
+def test_a_dead_owner_gives_way(host, cache):
+    """A port that a dead container still has goes to the living one that is remembered with it."""
+    dead = Pod("dead", "8080:80", "9090:90")
+    namespace = lab.Namespace("dead")
+    host.add(dead)
+    namespace.remove()
+    alive(WEB)
+    cache.write(WEB)
+    assert restored(cache.restore(host)) == [WEB.chain] == harness.chains()
+
+
+# --- all or nothing -------------------------------------------------------------------------------------------
+
+def test_killed_at_every_instant(host, cache):
+    """Killed at the beginning of each of its system calls, restore leaves all or nothing; the next one converges."""
+    pods = alive(Pod("web", "8080:80"), Pod("dns", "53:53/udp"))
+    for pod in pods:
+        cache.write(pod)
+    host.add(*pods)
+    after = harness.state()
+
+    def task() -> tuple[int, str]:
+        live = [found for _, found in restore.remembered([cache.folder]) if isinstance(found, Attachment)]
+        portmap.restore(live, harness.kernel.Kernel())
+        return 0, ""
+
+    seen = []
+    killed = True
+    while killed:
+        harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
+        killed = Fork(task, stop_at=len(seen)).killed
+        found = harness.state()
+        assert found in ([], after), f"half-done when killed at system call {len(seen)}"
+        seen.append(bool(found))
+        if len(seen) % 5 == 0:
+            assert not Fork(task).answer().code
+            assert harness.state() == after
+    assert len(seen) > 40 and not seen[0] and seen[-1]
+
+
+def test_together_with_everything_else(host, cache):
+    """Several restores, ADDs and DELs at once: all succeed, and what should remain remains."""
+    staying = alive(*(Pod(f"staying{i}", f"{9000 + i}:80", netns="/run/netns/shared") for i in range(20)))
+    coming, going = ([Pod(f"{name}{i}", f"{port + i}:80", netns="/run/netns/shared") for i in range(10)]
+                     for name, port in (("coming", 10000), ("going", 11000)))
+    for pod in staying:
+        cache.write(pod)
+    host.add(*going)
+    with contextlib.ExitStack() as stack:
+        calls = [Call(host.executable, verb, pod) for verb, pods in (("ADD", coming), ("DEL", going)) for pod in pods]
+        random.shuffle(calls)
+        restores = [threading.Thread(target=cache.restore, args=(host,)) for _ in range(3)]
+        for thread in restores:
+            thread.start()
+            stack.callback(thread.join)
+        for call in calls:
+            assert not call.answer().code
+    assert harness.chains() == sorted(pod.chain for pod in (*staying, *coming))

@@ -1,0 +1,31 @@
+"""Tests without root: no namespace, no ruleset, nothing outside of temporary folders (one exception: test_imports)."""
+import pathlib
+import sys
+
+import hypothesis
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import helpers  # noqa: E402  # it imports the package from the path above
+
+# No deadline: the machine may be busy. No database: a test leaves nothing behind, and prints how to repeat a failure.
+hypothesis.settings.register_profile("rootless", deadline=None, database=None, print_blob=True,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("rootless")
+
+
+@pytest.fixture
+def kernel() -> helpers.RecordingKernel:
+    """A host with an empty ruleset."""
+    return helpers.RecordingKernel()
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The plugin as runtimes start it, with this checkout's modules."""
+    path = tmp_path_factory.mktemp("bin") / "portmap"
+    path.write_text((ROOT / "scripts/portmap").read_text().replace("@PREFIX@", str(ROOT)))
+    path.chmod(0o755)
+    return path

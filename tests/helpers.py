@@ -1,0 +1,112 @@
+"""What the tests share: a kernel that only records, one call of the plugin in memory, and small configurations."""
+import contextlib
+import inspect
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+from unittest import mock
+
+from cni_portmap import cni, config, plugin, ruleset
+from cni_portmap.kernel import Kernel
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+VARIABLES = {"CNI_CONTAINERID": "web-1", "CNI_NETNS": "/run/netns/web", "CNI_IFNAME": "eth0"}
+CHAIN = "c/web-1/eth0"  # of the attachment that they name
+INODE = 4026532001
+PORT = {"hostPort": 8080, "containerPort": 80}
+PREV_RESULT = {"cniVersion": "1.1.0",
+               "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": "/run/netns/web"}],
+               "ips": [{"address": "10.88.0.2/16", "interface": 1}, {"address": "fd88::2/64", "interface": 1}]}
+
+
+class RecordingKernel:
+    """Stands in for kernel.Kernel, and models nothing.
+
+    `calls` records each call as (method, arguments...), and ("unlock",). An answer is the value given under the
+    method's name, or what it returns if it can be called; without one, that of a host with an empty ruleset. The call
+    with the number `fails_at`, counted from 1, fails.
+    """
+
+    EMPTY: ClassVar[dict[str, Any]] = {"has_chain": False, "comments": [], "owners": [], "lookup": {},
+                                       "elements_of": [], "claimants": [], "targets": {}, "inode": INODE,
+                                       "is_dead": False, "is_dormant": False, "picture": [], "references": 0,
+                                       "dry_run": "", "is_bound": False, "allow_localhost6": "",
+                                       "local_addresses": set()}
+
+    def __init__(self, fails_at: int = 0, **answers: Any) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.fails_at, self.answers = fails_at, {**self.EMPTY, **answers}
+
+    def __getattr__(self, name: str) -> Any:
+        signature = inspect.signature(getattr(Kernel, name))  # only what the real one has, as the real one has it
+
+        def call(*arguments: Any) -> Any:
+            signature.bind(self, *arguments)
+            self.calls.append((name, *arguments))
+            if len(self.calls) == self.fails_at:
+                raise cni.CniError(cni.IO_FAILURE, f"{name} failed")
+            answer = self.answers.get(name)
+            return answer(*arguments) if callable(answer) else answer
+        return call
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        self.__getattr__("lock")()
+        try:
+            yield
+        finally:
+            self.calls.append(("unlock",))
+
+    def named(self, *names: str) -> list[tuple[Any, ...]]:
+        """The calls of these methods."""
+        return [call for call in self.calls if call[0] in names]
+
+    @property
+    def written(self) -> list[str]:
+        """The text of each transaction."""
+        return [text for _, text in self.named("transact")]
+
+
+def request(verb: str = "ADD", version: str = "1.0.0", environ: dict[str, str] = VARIABLES, **keys: Any) -> cni.Request:
+    """A request as `cni.respond` builds it, for a network "lab" with `keys` in its configuration."""
+    found = {"name": "lab", "cniVersion": version, "prevResult": PREV_RESULT, **keys}
+    previous = found["prevResult"]
+    return cni.Request(verb, version, environ, found, "" if previous is None else json.dumps(previous))
+
+
+def attachment(*ports: dict[str, Any], environ: dict[str, str] = VARIABLES, **keys: Any) -> config.Attachment:
+    """What the plugin reads from a configuration with these port mappings and keys."""
+    found = config.parse(request(environ=environ, runtimeConfig={"portMappings": [*ports]}, **keys))
+    found.inode = INODE
+    return found
+
+
+def respond(verb: str, configuration: object, kernel: RecordingKernel | None = None, *,
+            environ: dict[str, str] | None = None) -> tuple[int, Any]:
+    """One call of the plugin: its exit status, and the one document that it prints, decoded; None for none.
+
+    `configuration`: bytes as they are, anything else as JSON. Without `kernel` the plugin may not touch one.
+    """
+    stdin = configuration if type(configuration) is bytes else json.dumps(configuration).encode()
+    variables = {"CNI_COMMAND": verb, **(VARIABLES if environ is None else environ)}
+    kernels = [kernel] if kernel else AssertionError("the kernel is asked for")
+    with mock.patch.object(plugin, "_kernel", side_effect=kernels):
+        status, document = cni.respond(plugin.HANDLERS, variables, lambda: stdin)
+    return status, json.loads(document) if document else None
+
+
+def configuration(*ports: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """A configuration of the network "lab" that publishes these ports."""
+    return {"cniVersion": "1.1.0", "name": "lab", "type": "portmap", "prevResult": PREV_RESULT,
+            "runtimeConfig": {"portMappings": [*ports]}, **keys}
+
+
+def elements(attached: config.Attachment) -> list[tuple[str, bytes]]:
+    """The map elements (map, key) of an attachment's ports."""
+    return [(ruleset.map_of(port), ruleset.key_of(port)) for port in attached.ports]
+
+
+def base_comments(bits: tuple[int, ...] = (13,)) -> dict[str, list[str]]:
+    """The comments of each chain of an intact base table."""
+    return {chain: [comment for _, comment in ruleset.base_rules(chain, bits)] for chain in ruleset.BASE}

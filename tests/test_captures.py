@@ -1,0 +1,66 @@
+"""What real runtimes sent, replayed: each line of captures/*.jsonl is one call (label, env, stdin) of portmap."""
+import json
+import pathlib
+import re
+
+import pytest
+from helpers import RecordingKernel, respond
+
+from cni_portmap import cni, config, portmap, ruleset
+
+CALLS = [(path.stem, number, json.loads(line))
+         for path in sorted(pathlib.Path(__file__).parent.glob("captures/*.jsonl"))
+         for number, line in enumerate(path.read_text().splitlines(), 1)]
+
+
+def mappings(call):
+    """What a call asks for: (protocol, hostIP, hostPort, containerPort)."""
+    found = (json.loads(call["stdin"]).get("runtimeConfig") or {}).get("portMappings") or []
+    lower = [{key.lower(): value for key, value in mapping.items()} for mapping in found]
+    return [(each.get("protocol", "tcp"), each.get("hostip", ""), each["hostport"], each["containerport"])
+            for each in lower]
+
+
+def full(call):
+    """A kernel that holds what this call's ADD would have written, and pictures of it that are all alike."""
+    environ, given = call["env"], json.loads(call["stdin"])
+    previous = json.dumps(given["prevResult"]) if given.get("prevResult") else ""
+    request = cni.Request("ADD" if previous else "DEL", given["cniVersion"], environ, given, previous)
+    chain = ruleset.chain_of(environ["CNI_CONTAINERID"], environ["CNI_IFNAME"])
+    table = dict.fromkeys([(ruleset.map_of(port), ruleset.key_of(port)) for port in config.parse(request).ports], chain)
+    kernel = RecordingKernel(
+        has_chain=True, lookup=lambda wanted: {each: chain for each in wanted if each in table}, references=len(table),
+        picture=["hook"], elements_of=lambda chains: [(each, chain) for each in table if chain in chains],
+        targets=lambda chains: {each: set() for each in chains}, owner=lambda its_chain: ruleset.Owner(its_chain, ""))
+    kernel.answers["mirror"] = lambda: RecordingKernel(picture=["hook"])
+    return kernel, table
+
+
+@pytest.mark.parametrize("file, number, call", CALLS,
+                         ids=[f"{file}:{number}:{call['label']}" for file, number, call in CALLS])
+def test_replay(file, number, call):
+    """Each is answered as it should be: with the result, the versions, or nothing; and does what its ports ask for."""
+    verb, given = call["env"]["CNI_COMMAND"], json.loads(call["stdin"])
+    environ = {key: value for key, value in call["env"].items() if key != "CNI_COMMAND"}
+    kernel, table = full(call) if verb in ("DEL", "CHECK") else (RecordingKernel(), {})
+    status, document = respond(verb, call["stdin"].encode(), kernel, environ=environ)
+    assert status == 0, document
+    if verb == "VERSION":
+        assert document == {"cniVersion": given["cniVersion"], "supportedVersions": list(cni.VERSIONS)}
+        assert kernel.calls == []
+    elif verb == "ADD":
+        assert document == given["prevResult"]
+        published = set(re.findall(r"(?:ipv[46]|[0-9.]+|[0-9a-f:]+) \. \w+ \. \d+(?= : goto)", "".join(kernel.written)))
+        assert published == {f"{first} . {protocol} . {port}" for protocol, ip, port, _ in mappings(call)
+                             for first in ([ip] if ip else ["ipv4", "ipv6"])}
+        assert bool(kernel.calls) == bool(mappings(call))
+    else:
+        assert document is None
+        assert len(kernel.written) == (verb == "DEL")
+        assert all(f"delete element inet cni_portmap {name}" in text for text in kernel.written for name, _ in table)
+
+
+def test_all_verbs():
+    """The captures are whole: every verb and every client is among them."""
+    assert {call["env"]["CNI_COMMAND"] for _, _, call in CALLS} == {"ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"}
+    assert len({file for file, _, _ in CALLS}) == 4 and portmap.add

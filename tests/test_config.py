@@ -1,0 +1,358 @@
+"""The configuration: what is accepted and how it is meant, what is refused and how that is said."""
+import json
+
+import pytest
+from helpers import PORT, PREV_RESULT, VARIABLES, attachment, configuration, request, respond
+
+from cni_portmap import config
+from cni_portmap.cni import CniError
+
+MAPPINGS = "runtimeConfig.portMappings"
+
+
+def ports_of(attached):
+    return [(port.family, port.protocol, port.host_ip, port.host_port, port.container_port) for port in attached.ports]
+
+
+def refusal(**keys):
+    """The message and details of the CniError(7) for a configuration with these keys."""
+    with pytest.raises(CniError) as caught:
+        config.parse(request(**keys))
+    assert caught.value.code == 7
+    return caught.value.args[0], caught.value.details
+
+
+# --- keys with one value --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("keys, field, meaning", [
+    ({}, "mark_bit", 13), ({"snat": True}, "mark_bit", 13), ({"snat": None}, "mark_bit", 13),
+    ({"snat": False}, "mark_bit", None), ({}, "masq_all", False), ({"masqAll": True}, "masq_all", True),
+    ({"masqAll": None}, "masq_all", False), ({"markMasqBit": 0}, "mark_bit", 0), ({"markMasqBit": 31}, "mark_bit", 31),
+    ({"markMasqBit": 7.0}, "mark_bit", 7), ({"markMasqBit": None}, "mark_bit", 13),
+    ({"markMasqBit": 5, "snat": False}, "mark_bit", None),
+    ({"externalSetMarkChain": None, "markMasqBit": 5}, "mark_bit", 5),
+    ({"externalSetMarkChain": "KUBE-MARK-MASQ"}, "mark_bit", 13), ({"backend": "nftables"}, "network", "lab"),
+    ({"backend": None}, "network", "lab"), ({"backend": "iptables"}, "network", "lab"), ({}, "localhost6", True),
+    ({"localhostIPv6": None}, "localhost6", True), ({"localhostIPv6": False}, "localhost6", False),
+    ({}, "refuse_bound", False), ({"hostPortInUse": "ignore"}, "refuse_bound", False),
+    ({"hostPortInUse": None}, "refuse_bound", False), ({"hostPortInUse": "refuse"}, "refuse_bound", True),
+    ({"name": "a"}, "network", "a"), ({"name": "A_b.c-1" * 20}, "network", "A_b.c-1" * 20),
+    ({"runtimeConfig": None}, "ports", ()), ({"runtimeConfig": {}}, "ports", ()),
+    ({"runtimeConfig": {"portMappings": None}}, "ports", ()),
+    ({"runtimeConfig": {"portMappings": [], "bandwidth": {}}}, "ports", ()),
+    ({"unknown": [], "args": {"cni": {}}, "capabilities": {"portMappings": True}, "ipMasq": True, "dns": {}}, "network",
+     "lab"), ({}, "conditions", {4: "", 6: ""}),
+    ({"conditionsV4": None, "conditionsV6": []}, "conditions", {4: "", 6: ""})])
+def test_accepted(keys, field, meaning):
+    """Every key of the reference plugin, absent, null and given, means what it means there."""
+    assert getattr(config.parse(request(**keys)), field) == meaning
+
+
+BAD_KEYS = [
+    *(("name", value) for value in [None, "", 1, "-a", ".a", "a b", "a\n", "a/b", "é", "a;b", "a\"b", []]),
+    *((flag, value) for flag in ["snat", "masqAll", "localhostIPv6"] for value in ["true", 1, 0, "", [], {}]),
+    *(("markMasqBit", value) for value in [-1, 32, "13", 1.5, True, [], 1e300, 10 ** 30]),
+    *(("externalSetMarkChain", value) for value in [1, True, [], {}]),
+    *(("backend", value) for value in ["nft", "IPTABLES", "", 1, True, [], {}]),
+    *(("hostPortInUse", value) for value in ["Refuse", "", True, 1, []]),
+    *((key, value) for key in ["conditionsV4", "conditionsV6"] for value in ["tcp dport 80", 1, {}, True]),
+    *(("runtimeConfig", value) for value in [[], "a", 1, True]),
+    *(("prevResult", value) for value in [[], "a", 1, True])]
+
+
+@pytest.mark.parametrize("key, value", BAD_KEYS)
+def test_refused(key, value):
+    """A bad value is code 7; the message names key and value, the details what was expected."""
+    message, details = refusal(**{key: value})
+    shown = "nothing" if value is None else json.dumps(value)
+    assert message == f"{key}: {shown} is not valid" and details.startswith("expected ") and len(details) > 15
+
+
+def test_name_missing():
+    """A configuration without a name says so."""
+    document = respond("ADD", {"cniVersion": "1.0.0", "prevResult": PREV_RESULT})[1]
+    assert (document["code"], document["msg"]) == (7, "name: nothing is not valid")
+    assert "network's name" in document["details"]
+
+
+def test_long_value():
+    """A long value is cut short, on one line."""
+    message, _ = refusal(backend="x\n" * 5000)
+    assert message.startswith("backend: ") and len(message) < 120 and "\n" not in message
+
+
+def test_mark_bit_and_chain():
+    """markMasqBit and externalSetMarkChain exclude each other, as in the reference plugin."""
+    message, details = refusal(markMasqBit=13, externalSetMarkChain="X")
+    assert message == 'externalSetMarkChain: "X" is not valid' and "not both" in details
+
+
+@pytest.mark.parametrize("keys, word", [({"backend": "iptables"}, "nftables only"),
+                                        ({"externalSetMarkChain": "X\n;"}, "its own table")])
+def test_warned(keys, word, capfd):
+    """What is accepted but has no effect here is one line on stderr."""
+    config.parse(request(**keys))
+    printed = capfd.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("cni-portmap: ") and word in printed.err
+    assert not printed.out
+
+
+# --- port mappings --------------------------------------------------------------------------------------------
+
+BOTH = [(4, "tcp", "", 8080, 80), (6, "tcp", "", 8080, 80)]
+
+
+@pytest.mark.parametrize("mapping, expected", [
+    ({}, BOTH), ({"protocol": "tcp"}, BOTH), ({"protocol": "TCP"}, BOTH), ({"protocol": ""}, BOTH),
+    ({"protocol": None}, BOTH), ({"protocol": "Udp"}, [(4, "udp", "", 8080, 80), (6, "udp", "", 8080, 80)]),
+    ({"protocol": "sctp"}, [(4, "sctp", "", 8080, 80), (6, "sctp", "", 8080, 80)]),
+    ({"hostIP": ""}, BOTH), ({"hostIP": None}, BOTH), ({"HostIP": "", "Protocol": "tcp"}, BOTH),
+    ({"unknown": 1, "name": "x"}, BOTH), ({"hostIP": "0.0.0.0"}, BOTH[:1]), ({"hostIP": "::"}, BOTH[1:]),
+    ({"hostIP": "0:0::0"}, BOTH[1:]), ({"hostIP": "::ffff:0.0.0.0"}, BOTH[:1]),
+    ({"hostIP": "192.0.2.1"}, [(4, "tcp", "192.0.2.1", 8080, 80)]),
+    ({"hostIP": "::ffff:192.0.2.1"}, [(4, "tcp", "192.0.2.1", 8080, 80)]),
+    ({"hostIP": "::FFFF:C000:0201"}, [(4, "tcp", "192.0.2.1", 8080, 80)]),
+    ({"hostIP": "127.0.0.1"}, [(4, "tcp", "127.0.0.1", 8080, 80)]), ({"hostIP": "::1"}, [(6, "tcp", "::1", 8080, 80)]),
+    ({"hostIP": "2001:DB8:0:0::01"}, [(6, "tcp", "2001:db8::1", 8080, 80)]),
+    ({"hostIP": "::192.0.2.1"}, [(6, "tcp", "::192.0.2.1", 8080, 80)]),
+    ({"hostPort": 1.0}, [(4, "tcp", "", 1, 80), (6, "tcp", "", 1, 80)]),
+    ({"hostPort": 65535, "containerPort": 1}, [(4, "tcp", "", 65535, 1), (6, "tcp", "", 65535, 1)])])
+def test_mapping(mapping, expected):
+    """What one mapping publishes: "" on both families, an unspecified address on one, an IPv4-mapped one is IPv4."""
+    assert ports_of(attachment({**PORT, **mapping})) == expected
+
+
+@pytest.mark.parametrize("keys", [("HostPort", "ContainerPort", "Protocol", "HostIP"),
+                                  ("hostport", "containerport", "protocol", "hostip"),
+                                  ("HOSTPORT", "CONTAINERPORT", "PROTOCOL", "HOSTIP"),
+                                  ("hOSTpORT", "ContainerPort", "protocol", "hostIp")])
+def test_mapping_keys(keys):
+    """The keys of a mapping are read in any case (containerd capitalises them)."""
+    assert ports_of(attachment(dict(zip(keys, (8080, 80, "UDP", "192.0.2.1"))))) == [(4, "udp", "192.0.2.1", 8080, 80)]
+
+
+BAD_PORTS = [0, -1, 65536, 1.5, "80", True, None, [], {}, 1e400, 10 ** 30]
+BAD_MAPPINGS = [
+    *((name, value) for name in ["hostPort", "containerPort", "HostPort", "CONTAINERPORT"] for value in BAD_PORTS),
+    *(("protocol", value) for value in ["icmp", "tcp6", "tcp ", "6", 6, True, [], "tcp\n", "tcp;drop", "tcp }",
+                                        "ſctp"]),
+    *(("hostIP", value) for value in ["localhost", "1.2.3", "1.2.3.4.5", "1.2.3.256", "01.2.3.4", "0x7f.1",
+                                      "1.2.3.4/24", " 1.2.3.4", "1.2.3.4\n", "1.2.3.4\0", "1::2::3", "fe80::1%eth0",
+                                      "[::1]", ":", "::ffff:1.2.3", "\ud800", "*", 1, True, [], {}])]
+
+
+@pytest.mark.parametrize("name, value", BAD_MAPPINGS)
+def test_mapping_refused(name, value):
+    """A bad field is named with its path, as it was written, and its value."""
+    mapping = {key: number for key, number in PORT.items() if key.lower() != name.lower()}
+    message, details = refusal(runtimeConfig={"portMappings": [PORT, {**mapping, name: value}]})
+    shown = "nothing" if value is None else json.dumps(value)
+    assert message == f"{MAPPINGS}[1].{name}: {shown} is not valid" and details.startswith("expected ")
+
+
+@pytest.mark.parametrize("mapping", [{}, {"hostPort": 1}, {"containerPort": 1}, {"hostPort ": 1, "containerPort": 1},
+                                     None, 1, "a", []])
+def test_mapping_incomplete(mapping):
+    """A mapping without both ports, or that is no object, is refused with its path."""
+    message, details = refusal(runtimeConfig={"portMappings": [PORT, mapping]})
+    assert message.startswith(f"{MAPPINGS}[1]") and "hostPort and containerPort" in details
+
+
+@pytest.mark.parametrize("value", [{}, "8080:80", 8080, True])
+def test_mappings_no_list(value):
+    """portMappings that are no list are refused with their path."""
+    assert refusal(runtimeConfig={"portMappings": value})[0] == f"{MAPPINGS}: {json.dumps(value)} is not valid"
+
+
+OTHER = {**PORT, "containerPort": 81}
+
+
+@pytest.mark.parametrize("first, second, count", [
+    (PORT, PORT, 2), (PORT, {**PORT, "protocol": "TCP", "hostIP": ""}, 2), (PORT, {**PORT, "hostIP": "0.0.0.0"}, 2),
+    ({**PORT, "hostIP": "::1"}, {**PORT, "hostIP": "0::1"}, 1),
+    ({**PORT, "hostIP": "1.2.3.4"}, {**PORT, "hostIP": "::ffff:1.2.3.4"}, 1), (PORT, {**OTHER, "protocol": "udp"}, 4),
+    (PORT, {**OTHER, "hostPort": 8081}, 4), (PORT, {**OTHER, "hostIP": "127.0.0.1"}, 3),
+    ({**PORT, "hostIP": "0.0.0.0"}, {**OTHER, "hostIP": "::"}, 2)])
+def test_said_twice(first, second, count):
+    """What is said twice is meant once; what differs in family, protocol, address or port is not the same."""
+    assert len(attachment(first, second).ports) == count
+
+
+@pytest.mark.parametrize("second", [OTHER, {**OTHER, "hostIP": "::"}, {**OTHER, "hostIP": "0.0.0.0"},
+                                    {**OTHER, "protocol": "Tcp"}])
+def test_contradiction(second):
+    """One host port that should lead to two container ports is refused, and both are named."""
+    message, details = refusal(runtimeConfig={"portMappings": [PORT, second]})
+    assert message.startswith(f"{MAPPINGS}[1]: ") and "8080" in details and "80" in details
+
+
+# --- the container's addresses --------------------------------------------------------------------------------
+
+def addresses(**result):
+    found = config.parse(request(prevResult=result)).addresses
+    return {family: (address.ip, address.network) for family, address in found.items()}
+
+
+V4, V6 = {4: ("10.88.0.2", "10.88.0.0/16")}, {6: ("fd88::2", "fd88::/64")}
+IP4, IP6 = {"address": "10.88.0.2/16"}, {"address": "fd88::2/64"}
+INSIDE, OUTSIDE, OTHER_IF = {"name": "eth0", "sandbox": "/n"}, {"name": "eth0"}, {"name": "eth1", "sandbox": "/n"}
+
+
+@pytest.mark.parametrize("result, expected", [
+    ({}, {}), ({"ips": None, "interfaces": None}, {}), ({"ips": [IP4]}, V4), ({"ips": [IP6, IP4]}, V4 | V6),
+    ({"ips": [IP4, {"address": "10.0.0.9/8"}]}, V4), ({"ips": [{**IP4, "interface": 0}], "interfaces": [INSIDE]}, V4),
+    ({"ips": [{**IP4, "interface": 0.0}], "interfaces": [INSIDE]}, V4),
+    ({"ips": [{**IP4, "interface": 0}], "interfaces": [OUTSIDE]}, {}),
+    ({"ips": [{**IP4, "interface": 0}], "interfaces": [OTHER_IF]}, {}),
+    ({"ips": [{"address": "10.0.0.9/8", "interface": 0}, {**IP4, "interface": 1}], "interfaces": [OTHER_IF, INSIDE]},
+     V4), ({"ips": [{**IP4, "interface": None}], "interfaces": [OTHER_IF]}, V4),
+    ({"ips": [{**IP4, "interface": -1}], "interfaces": [OTHER_IF]}, V4),
+    ({"ips": [{**IP4, "interface": 7}], "interfaces": [OTHER_IF]}, V4),
+    ({"ips": [{**IP4, "interface": 0}], "interfaces": [{"name": "eth0", "sandbox": ""}]}, {}),
+    ({"ips": [{**IP4, "interface": 0}], "interfaces": [None]}, {}),
+    ({"ips": [{"address": "::ffff:10.88.0.2/112"}]}, V4),
+    ({"ips": [{"address": "10.88.0.2/32"}]}, {4: ("10.88.0.2", "10.88.0.2/32")}),
+    ({"ips": [{"address": "10.88.0.2/0"}]}, {4: ("10.88.0.2", "0.0.0.0/0")}),
+    ({"ips": [{"address": "FD88:0::2/127"}]}, {6: ("fd88::2", "fd88::2/127")}),
+    ({"ip4": {"ip": "10.88.0.2/16"}, "ip6": {"ip": "fd88::2/64"}}, V4 | V6),
+    ({"ip4": {"ip": "10.88.0.2/16"}, "ip6": None}, V4), ({"ip4": {}}, {})])
+def test_addresses(result, expected):
+    """The first of each family on CNI_IFNAME in a sandbox, or on no interface in particular; old results too."""
+    assert addresses(**result) == expected
+
+
+@pytest.mark.parametrize("result, path", [
+    *(({"ips": [IP4, {"address": value}]}, "prevResult.ips[1].address") for value in
+      [1, None, "", "10.0.0.1", "10.0.0.1/", "10.0.0.1/33", "fd::1/129", "10.0.0.1/-1", "10.0.0.1/ 8", "10.0.0.1/8;",
+       "10.0.0/8", "/8", "::ffff:1.2.3.4/95", "10.0.0.1/٨", "10.0.0.1/0008", "fe80::1%e/64"]),
+    ({"ips": [{}]}, "prevResult.ips[0].address"), ({"ips": [1]}, "prevResult.ips[0]"), ({"ips": {}}, "prevResult.ips"),
+    ({"ips": [{**IP4, "interface": "0"}]}, "prevResult.ips[0].interface"),
+    ({"ips": [{**IP4, "interface": True}]}, "prevResult.ips[0].interface"),
+    ({"interfaces": 1}, "prevResult.interfaces"), ({"interfaces": [1]}, "prevResult.interfaces[0]"),
+    ({"interfaces": [{"name": 1}]}, "prevResult.interfaces[0].name"),
+    ({"interfaces": [{"sandbox": 1}]}, "prevResult.interfaces[0].sandbox"), ({"ip4": {"ip": "1"}}, "prevResult.ip4.ip"),
+    ({"ip6": 1}, "prevResult.ip6"), ({"ip4": {"gateway": "10.0.0.1"}}, "prevResult.ip4.ip")])
+def test_addresses_refused(result, path):
+    """A malformed prevResult is refused with the path in it."""
+    assert refusal(prevResult=result)[0].startswith(f"{path}: ")
+
+
+def test_no_address():
+    """Ports of a container without any address are refused; without ports there is nothing to refuse."""
+    for interface in "eth9", "eth1":
+        environ = {**VARIABLES, "CNI_IFNAME": interface}
+        with pytest.raises(CniError, match=f"no address on {interface}") as caught:
+            attachment(PORT, environ=environ)
+        assert caught.value.code == 7
+        assert attachment(environ=environ).ports == ()
+
+
+V4_ONLY = {"prevResult": {"ips": [IP4]}}
+
+
+@pytest.mark.parametrize("mapping, published, line", [
+    (PORT, 1, ""), ({**PORT, "hostIP": "::1"}, 0, "tcp port 8080 on ::1"),
+    ({**PORT, "hostIP": "::"}, 0, "tcp port 8080 on ::"), ({**PORT, "hostIP": "127.0.0.1"}, 1, "")])
+def test_skipped(mapping, published, line, capfd):
+    """A port that was asked for on a family that the container lacks is skipped with a line; "" asks for none."""
+    assert len(attachment(mapping, **V4_ONLY).ports) == published
+    error = capfd.readouterr().err
+    assert error.count("\n") == bool(line) and (f"{line} is not published" in error if line else not error)
+
+
+def test_shape_only():
+    """STATUS and DEL come without a result, so only the shape of their configuration counts."""
+    assert config.parse(request("STATUS", prevResult=None, runtimeConfig={"portMappings": [PORT]})).ports == ()
+
+
+# --- conditions -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("items, expected", [
+    ([], ""), ([""], ""), (["ip saddr 10.0.0.0/8"], "ip saddr 10.0.0.0/8"),
+    (["ip", "saddr", "10.0.0.1"], "ip saddr 10.0.0.1"),
+    (["ip saddr 10.0.0.1", "iifname \"eth*\""], 'ip saddr 10.0.0.1 iifname "eth*"'),
+    (["  ct\tstate  new "], "ct state new"), (["ip saddr { 10.0.0.1, 10.0.0.2 }"], "ip saddr { 10.0.0.1, 10.0.0.2 }"),
+    (["ip saddr {10.0.0.1,10.0.0.2}"], "ip saddr {10.0.0.1,10.0.0.2}"),
+    (["ip saddr != 10.0.0.1"], "ip saddr != 10.0.0.1"), (["meta mark & 0xff == 0x1"], "meta mark & 0xff == 0x1"),
+    (["tcp sport 1024-65535"], "tcp sport 1024-65535"), (["ip saddr @trusted"], "ip saddr @trusted"),
+    (["meta mark | 1 < 7"], "meta mark | 1 < 7"), (["-s 10.0.0.0/8"], "ip saddr 10.0.0.0/8"),
+    (["-s", "10.0.0.0/8"], "ip saddr 10.0.0.0/8"), (["! -s 10.0.0.1"], "ip saddr != 10.0.0.1"),
+    (["!", "-d", "10.0.0.1"], "ip daddr != 10.0.0.1"),
+    (["--source 10.0.0.1 --destination 10.0.0.2"], "ip saddr 10.0.0.1 ip daddr 10.0.0.2"),
+    (["-s", "10.0.0.1,10.0.0.2"], "ip saddr { 10.0.0.1, 10.0.0.2 }"), (["! -i eth0"], 'iifname != "eth0"'),
+    (["-i eth+"], 'iifname "eth*"'), (["--in-interface", "eth0", "-s", "10.0.0.1"],
+                                      'iifname "eth0" ip saddr 10.0.0.1')])
+def test_conditions(items, expected):
+    """nft match text passes, joined with spaces; the reference's documented iptables forms are translated."""
+    assert attachment(conditionsV4=items).conditions == {4: expected, 6: ""}
+    if items and items[0][:1] in "-!":
+        expected = expected.replace("ip saddr", "ip6 saddr").replace("ip daddr", "ip6 daddr")
+    assert attachment(conditionsV6=items).conditions == {4: "", 6: expected}
+
+
+@pytest.mark.parametrize("text", [
+    "tcp dport 80; drop", "ip saddr 10.0.0.1\ndrop", "ip saddr 10.0.0.1\r drop", "tcp dport 80 # all",
+    "tcp dport 80 \\", "tcp dport $port", "tcp dport 80 `x`", "iifname 'a'", "ip saddr (10.0.0.1)", "ip saddr [a]",
+    "tcp dport 80\0", "iifname \"é\"", "tcp dport 80\u2028drop", "}", "{", "ip saddr 1.2.3.4 } }", "} accept {",
+    "ip saddr { 1.2.3.4", "ip saddr { { 1.2.3.4 } }", "ip saddr }{", 'iifname "eth0', 'iifname "eth 0"',
+    'iifname eth"0"', 'iifname """"', 'comment "x', '"eth0"drop', 'iifname "a""b"',
+    *(f"ip saddr 10.0.0.1 {word}" for word in
+      ["accept", "drop", "ACCEPT", "Drop", "queue", "return", "jump x", "goto x", "continue", "reject", "log",
+       "counter", "dnat to 10.0.0.1", "snat to 1.2.3.4", "masquerade", "redirect", "meta mark set 1", "ct mark set 1",
+       "limit rate 1/second", "quota 1 bytes", "notrack", "dup to 1.2.3.4", "fwd to 1.2.3.4", "tproxy to :1",
+       "add @s { ip saddr }", "update @s { ip saddr }", "set update ip saddr @s", "delete @s { ip saddr }",
+       "flow add @f", "synproxy", "comment \"x\"", "xt target MASQUERADE", "last"]),
+    "ip saddr vmap { 10.0.0.1 : drop }", "ip saddr { 10.0.0.1 }accept", "ip saddr {10.0.0.1}accept",
+    "ip saddr { 10.0.0.1,drop }",
+    # nft's scanner ends a number where the letters of a word begin
+    "tcp dport 80accept", "tcp dport 80counter", "tcp dport 80-90log", "ip saddr 10.0.0.1drop",
+    "ip saddr 10.0.0.0/8jump x", "meta mark 0x1log", "tcp dport 80limit rate 1/second", "ip saddr @a&accept",
+    "ether saddr 02:00:00:00:00:01log", "tcp dport 80masquerade"])
+def test_conditions_refused(text):
+    """Whatever could end the match, or is a statement, is refused before nft sees it."""
+    for key in "conditionsV4", "conditionsV6":
+        message, details = refusal(**{key: ["ip saddr 10.0.0.0/8", text]})
+        assert message.startswith(key) and details.startswith("expected ")
+
+
+@pytest.mark.parametrize("items, instead", [
+    (["-p tcp"], "meta l4proto tcp"), (["-p", "tcp", "--dport", "80"], "meta l4proto tcp"),
+    (["--dport 80"], "tcp dport 80"), (["-m mark --mark 1"], "ip saddr"), (["--ctstate NEW"], "ct state new"),
+    (["! -p udp"], "meta l4proto tcp"), (["-j DROP"], "ip saddr"), (["-s 10.0.0.1", "tcp dport 80"], "ip saddr"),
+    (["-s"], "a value after -s"), (["-s", "-d", "1.2.3.4"], "a value after -s"), (["!"], "ip saddr"),
+    (["! ! -s 1.2.3.4"], "ip saddr"), (["-s ! 1.2.3.4"], "a value after -s")])
+def test_iptables_refused(items, instead):
+    """Other iptables syntax is refused with the nft form to write instead."""
+    assert instead in refusal(conditionsV4=items)[1]
+
+
+@pytest.mark.parametrize("item", [1, None, True, [], {}])
+def test_condition_no_text(item):
+    """A condition that is no text is refused with its index."""
+    shown = "nothing" if item is None else json.dumps(item)
+    assert refusal(conditionsV4=["ip saddr 10.0.0.1", item])[0] == f"conditionsV4[1]: {shown} is not valid"
+
+
+# --- GC -------------------------------------------------------------------------------------------------------
+
+A, B = {"containerID": "a", "ifname": "eth0"}, {"containerID": "b", "ifname": "eth1", "unknown": 1}
+OLD, NEW = "cni.dev/attachments", "cni.dev/valid-attachments"
+
+
+@pytest.mark.parametrize("keys, expected", [
+    ({}, None), ({NEW: None}, None), ({NEW: []}, set()), ({OLD: []}, set()),
+    ({NEW: [A, B]}, {("a", "eth0"), ("b", "eth1")}), ({OLD: [A]}, {("a", "eth0")}),
+    ({NEW: [A], OLD: [A]}, {("a", "eth0")}), ({NEW: [], OLD: None}, set())])
+def test_valid_attachments(keys, expected):
+    """Both of libcni's keys are read; an absent list is not an empty one."""
+    assert config.parse_valid_attachments(request("GC", **keys)) == ("lab", expected)
+
+
+@pytest.mark.parametrize("key", [OLD, NEW])
+@pytest.mark.parametrize("value, step", [({}, ""), ("a", ""), ([1], "[0]"), ([{}], "[0].containerID"),
+                                         ([A, {"containerID": "a"}], "[1].ifname"),
+                                         ([{**A, "containerID": 1}], "[0].containerID"), ([None], "[0]")])
+def test_valid_attachments_refused(key, value, step):
+    """A malformed list is refused with its path, rather than taken for an empty one."""
+    status, document = respond("GC", configuration(**{key: value}))
+    assert (status, document["code"]) == (1, 7) and document["msg"].startswith(f"{key}{step}: ")

@@ -1,0 +1,115 @@
+"""The import budget: which modules a call loads beyond the bare interpreter, as exact lists; time is the benchmark's.
+
+Calls that need a kernel get one of their own, in a user namespace (no root needed); where the system allows none,
+their tests are skipped.
+"""
+import json
+import os
+import subprocess
+
+import pytest
+from helpers import PORT, ROOT, VARIABLES, configuration
+
+PYTHON = ["/usr/bin/python3", "-IS"]
+# The plugin's own process, which says at its end what it has loaded.
+CALL = """
+import sys
+import posix
+bare, end = {*sys.modules}, posix._exit
+def report(status):
+    posix.write(2, ("\\nloaded " + " ".join({*sys.modules} - bare)).encode())
+    end(status)
+posix._exit = report
+sys.path.insert(0, sys.argv[1])
+from cni_portmap.plugin import main
+main()
+"""
+# What libnftables' binding itself needs, whatever its version; it is lent an empty json.
+BINDING = """
+import sys
+bare = {*sys.modules}
+sys.path.insert(0, sys.argv[1])
+from cni_portmap import see_packages
+see_packages()
+sys.modules["json"] = type(sys)("json")
+import nftables
+del sys.modules["json"]
+print(*{*sys.modules} - bare - {"cni_portmap"})
+"""
+
+PROTOCOL = {"cni_portmap", "cni_portmap.plugin", "cni_portmap.cni", "cni_portmap.config", "_json", "_socket"}
+KERNEL = PROTOCOL | {"cni_portmap.portmap", "cni_portmap.ruleset", "cni_portmap.kernel", "cni_portmap.netlink",
+                     "_struct"}
+LOCK = {"fcntl", "_signal"}  # _signal is part of the bare interpreter, or not
+NEVER = {"json", "re", "enum", "typing", "collections", "functools", "dataclasses", "ipaddress", "hashlib",
+         "subprocess", "logging", "pathlib", "socket", "signal", "site", "importlib.metadata", "jsonschema", "pyroute2",
+         "cni_portmap.explain", "cni_portmap.cli", "cni_portmap.report", "cni_portmap.restore"}
+
+
+def loaded(verb, given, *prefix, status=0, **variables):
+    """The modules that one call loads; `prefix` is a command that starts it."""
+    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CNI_COMMAND": verb, **VARIABLES, **variables}
+    done = subprocess.run([*prefix, *PYTHON, "-c", CALL, ROOT], input=json.dumps(given), capture_output=True, text=True,
+                          env=environ, timeout=60, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return {*done.stderr.rpartition("loaded ")[2].split()}
+
+
+@pytest.mark.parametrize("verb, given, extra", [
+    ("VERSION", {}, set()), ("ADD", configuration(), set()), ("CHECK", configuration(), set()),
+    ("GC", configuration(), set()), ("ADD", configuration(backend="iptables", conditionsV4=["-s 10.0.0.1"]), set())])
+def test_no_mappings(verb, given, extra):
+    """A call that publishes nothing loads the protocol and the parser; neither nftables nor the kernel module."""
+    assert loaded(verb, given) == PROTOCOL | extra
+
+
+def test_about():
+    """So does one without a command."""
+    environ = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run([*PYTHON, "-c", CALL, ROOT], capture_output=True, text=True, env=environ, timeout=60,
+                          check=True)
+    assert {*done.stderr.rpartition("loaded ")[2].split()} == PROTOCOL
+
+
+def test_refused():
+    """A refusal that the schema explains is what jsonschema is loaded for: so this would notice it elsewhere."""
+    found = loaded("ADD", configuration(PORT, snat=1), status=1)
+    assert {"jsonschema", "json", "re", "cni_portmap.explain"} <= found
+    assert loaded("ADD", configuration(), status=1, CNI_IFNAME="/") == PROTOCOL
+
+
+@pytest.fixture(scope="module")
+def own_kernel():
+    """The command that runs another in a user, network and mount namespace which has the container's address."""
+    script = "mount -t tmpfs tmpfs /run; ip link set lo up; ip address add 10.88.0.2/16 dev lo; echo ready; exec cat"
+    unshare = "unshare --user --map-root-user --net --mount --propagation private sh -ec".split()
+    process = subprocess.Popen([*unshare, script], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if process.stdout.readline() != "ready\n":
+        pytest.skip(f"no user namespace: {process.communicate()[1].strip()}")
+    yield ["nsenter", "--target", str(process.pid), "--user", "--net", "--mount", "--preserve-credentials"]
+    process.communicate()
+
+
+def test_life(own_kernel):
+    """An attachment's whole life, on paths that succeed: nothing that is dear, at any step."""
+    done = subprocess.run([*PYTHON, "-c", BINDING, ROOT], capture_output=True, text=True, timeout=60, check=True)
+    binding = {*done.stdout.split()}
+    attached = configuration(PORT, {**PORT, "hostPort": 9000, "protocol": "udp"})
+    valid = [{"containerID": VARIABLES["CNI_CONTAINERID"], "ifname": VARIABLES["CNI_IFNAME"]}]
+    gc = configuration(**{"cni.dev/valid-attachments": valid})
+    write = KERNEL | LOCK | binding
+    expected = [
+        ("DEL", configuration(), KERNEL), ("STATUS", configuration(), KERNEL | binding), ("ADD", attached, write),
+        ("ADD", attached, write), ("CHECK", attached, write), ("GC", gc, KERNEL | LOCK),
+        ("DEL", configuration(), write), ("DEL", configuration(), KERNEL)]
+    for verb, given, modules in expected:
+        found = loaded(verb, given, *own_kernel)
+        assert found - LOCK == modules - LOCK and found & NEVER == set(), verb
+
+
+def test_own_kernel(own_kernel):
+    """The kernel of these tests is not this machine's."""
+    inside = subprocess.run([*own_kernel, "readlink", "/proc/self/ns/net"], capture_output=True, text=True, timeout=60,
+                            check=True).stdout.strip()
+    assert inside.startswith("net:") and inside != os.readlink("/proc/self/ns/net")

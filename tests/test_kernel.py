@@ -1,0 +1,442 @@
+"""The module that touches the kernel, as far as it goes without root: its failures, its lock, what it leaves."""
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+from typing import NamedTuple
+
+import pytest
+from helpers import ROOT
+
+from cni_portmap import kernel, ruleset
+from cni_portmap.cni import CniError
+from cni_portmap.kernel import Kernel
+from cni_portmap.netlink import attribute, nested
+
+
+class Broken:
+    """A netlink socket that can't even ask."""
+
+    def __init__(self, *_):
+        raise PermissionError(1, "Operation not permitted")
+
+
+READS = {"has_chain": ["x"], "comments": ["x"], "owner": ["x"], "owners": [], "rules": [],
+         "lookup": [[("hostports", bytes(12))]], "elements": [], "elements_of": [["x"]], "targets": [["x"]],
+         "claimants": ["hostports", [bytes(8)]], "picture": ["x"], "references": ["x"], "is_dormant": [],
+         "set_elements": [b"x\0"], "dnat_rules": ["x"], "wanted_by": ["x"]}
+
+
+@pytest.mark.parametrize("method", READS)
+def test_reading_fails(monkeypatch, method):
+    """What netlink refuses is one CniError, with what to do."""
+    monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
+    with pytest.raises(CniError) as caught:
+        getattr(Kernel(), method)(*READS[method])
+    assert caught.value.code == 5 and "Operation not permitted" in caught.value.args[0]
+    assert "root" in caught.value.details
+
+
+def test_nothing_to_read(monkeypatch):
+    """Asked about no chains, the kernel isn't asked."""
+    monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
+    assert (Kernel().elements_of([]), Kernel().targets([])) == ([], {})
+
+
+def reading(**tables):
+    """A kernel whose nf_tables answer like this."""
+    found = Kernel()
+    found._tables = types.SimpleNamespace(**tables)
+    return found
+
+
+def test_owners():
+    """Each attachment's chain has an owner, by the comments at its head; other chains have none."""
+    rules = [("output", "cni-portmap 1: x", b""), ("c/a/eth0", "net=lab netns=/r", b""), ("c/a/eth0", "un#7", b""),
+             ("c/a/eth0", "", b""), ("c/a/eth0", "net=wrong", b""), ("c/b/eth0", "", b"")]
+    found = reading(rules=lambda chain="": [rule for rule in rules if chain in ("", rule[0])])
+    assert [(owner.chain, owner.network, owner.netns, owner.inode) for owner in found.owners()] == \
+        [("c/a/eth0", "lab", "/run", 7), ("c/b/eth0", "", "", 0)]
+    assert found.owner("c/a/eth0").inode == 7 and found.comments("output") == ["cni-portmap 1: x"]
+
+
+def rule_of(*parts):
+    """A rule's expressions from (name, {attribute: bytes})."""
+    return b"".join(nested(1, attribute(1, name.encode() + b"\0"),
+                           nested(2, *(attribute(*field) for field in fields.items())))
+                    for name, fields in parts)
+
+
+def pictured(chain, rules, sets=()):
+    elements = [nested(3, *(nested(1, attribute(1, element)) for element in each)) for each in sets]
+    return reading(chain=lambda name: chain, rules=lambda name: [("x", "comment", rule) for rule in rules],
+                   raw_elements=lambda name: [bytes(4) + elements[int(name[-1])]]).picture("x")
+
+
+def test_picture():
+    """Alike are chains whose hook and rules are; not their counters, nor the names and order of anonymous sets."""
+    hook = {4: b"hook", 5: b"policy", 7: b"type", 2: b"handle 1"}
+    lookup = rule_of(("counter", {1: b"1"}), ("lookup", {1: b"__set0\0", 2: b"r"}))
+    same = rule_of(("counter", {1: b"2"}), ("lookup", {1: b"__set1\0", 2: b"r"}))
+    sets = [[b"a", b"b"], [b"b", b"a"], [b"a", b"c"]]
+    found = pictured(hook, [lookup], sets)
+    assert len(found) == 2 and found == pictured({**hook, 2: b"handle 9"}, [same], sets)
+    different = [pictured({**hook, 4: b"other"}, [lookup], sets), pictured(hook, [lookup, lookup], sets),
+                 pictured(None, []), pictured(hook, [rule_of(("lookup", {1: b"__set0\0", 2: b"r"}))], sets),
+                 pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"__set2\0", 2: b"r"}))], sets),
+                 pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"__set0\0", 2: b"q"}))], sets),
+                 pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"named\0", 2: b"r"}))], sets),
+                 pictured(hook, [rule_of(("counter", {}), ("meta", {1: b"__set0\0", 2: b"r"}))], sets)]
+    assert found not in different and different[2] == []
+
+
+def test_references():
+    """The kernel counts a chain's own rules among its users; nobody uses a chain that isn't there."""
+    assert reading(chain=lambda name: {6: b"\0\0\0\5"}, rules=lambda name: ["rule"] * 3).references("x") == 2
+    assert reading(chain=lambda name: None, rules=lambda name: []).references("x") == 0
+
+
+@pytest.mark.parametrize("references, wanted, listed",
+                         [(2, "ab", False), (2, "abc", False), (2, "a", True), (0, "", False), (10_000, "ab", True)])
+def test_elements_of(monkeypatch, references, wanted, listed):
+    """What a chain's own rules could want is asked for; where that isn't all that leads to it, the maps are listed."""
+    there = {"a": "c/x/eth0", "b": "c/x/eth0", "c": "c/y/eth0"}
+    lists = []
+    monkeypatch.setattr(Kernel, "references", lambda self, chain: references)
+    monkeypatch.setattr(Kernel, "wanted_by", lambda self, chain: {*wanted})
+    monkeypatch.setattr(Kernel, "lookup", lambda self, asked: {each: there[each] for each in asked})
+    monkeypatch.setattr(Kernel, "elements", lambda self: lists.append(1) or [*there.items()])
+    assert sorted(Kernel().elements_of(["c/x/eth0"])) == ([("a", "c/x/eth0"), ("b", "c/x/eth0")] if references else [])
+    assert bool(lists) == listed
+
+
+# --- who lives ------------------------------------------------------------------------------------------------
+
+def test_is_dead(tmp_path):
+    """Dead is only whose namespace is provably gone: no file there, or another one."""
+    netns = tmp_path / "netns"
+    netns.touch()
+    inode = netns.stat().st_ino
+    (tmp_path / "loop").symlink_to("loop")
+    cases = {f"{netns}#{inode}": False, f"{netns}#{inode + 1}": True, f"{tmp_path}/gone#{inode}": True,
+             f"{netns}/below#{inode}": True, f"{netns}#": False,
+             f"#{inode}": False, "": False, f"{tmp_path}/loop#{inode}": False, f"{tmp_path}/{'x' * 300}#{inode}": False,
+             f"/a%00b#{inode}": False}
+    for record, dead in cases.items():
+        assert Kernel().is_dead(ruleset.Owner("c/a/eth0", f"net=lab netns={record}")) is dead, record
+    assert Kernel().inode(str(netns)) == inode
+    assert [Kernel().inode(path) for path in (f"{tmp_path}/gone", "", "\0", "\ud800")] == [0, 0, 0, 0]
+
+
+# --- libnftables ----------------------------------------------------------------------------------------------
+
+class Libnftables:
+    """Answers each command with the same."""
+
+    def __init__(self, code, error):
+        self.answer, self.dry, self.seen = (code, "", error), False, []
+
+    def set_dry_run(self, on):
+        self.dry = on
+
+    def cmd(self, text):
+        self.seen.append((self.dry, text))
+        return self.answer
+
+
+def nft(code=0, error=""):
+    found = Kernel()
+    found._nft = Libnftables(code, error)
+    return found
+
+
+def test_transact():
+    """All lines go as one command; success is silence."""
+    found = nft()
+    found.transact("add table inet a\nadd chain inet a b\n")
+    assert found.dry_run("add table inet a\n") == "" and not found._nft.dry
+    assert found._nft.seen == [(False, "add table inet a;add chain inet a b"), (True, "add table inet a")]
+
+
+LINE = "add table inet a;delete chain inet a zz;add chain inet a b"
+
+
+@pytest.mark.parametrize("error, says", [
+    (f"Error: No such file or directory; did you mean chain ‘b’?\n{LINE}\n{'':37}^^\n",
+     "No such file or directory; did you mean chain ‘b’?, in: delete chain inet a zz"),
+    (f"Error: Could not process rule: File exists\n{LINE}\n^^^^^^^\n", "File exists, in: add table inet a"),
+    (f"Error: syntax error\n{LINE}\n{'':57}^\n", "syntax error, in: add chain inet a b"),
+    ("netlink: Error: cache initialization failed: Operation not permitted\n",
+     "Operation not permitted, in: add table inet a"), ("", ", in: add table inet a"),
+    ("\n\n", ", in: add table inet a")])
+def test_refused(error, says):
+    """A refusal is code 100 with the command that nft points at; nothing is hidden and nothing breaks it."""
+    text = LINE.replace(";", "\n")
+    with pytest.raises(CniError) as caught:
+        nft(-1, error).transact(text)
+    assert caught.value.code == 100 and caught.value.args[0].endswith(says) and "\n" not in caught.value.args[0]
+    assert ("root" in caught.value.details) == ("not permitted" in error)
+    found = nft(-1, error)
+    assert found.dry_run(text).endswith(says) and not found._nft.dry
+
+
+def test_no_libnftables(monkeypatch):
+    """Without the binding the error names the package; nobody else sees the json that it was lent."""
+    monkeypatch.setitem(sys.modules, "nftables", None)
+    import json
+    for loaded in json, None:
+        if loaded is None:
+            monkeypatch.delitem(sys.modules, "json")
+        with pytest.raises(CniError, match="libnftables") as caught:
+            Kernel().transact("add table inet a\n")
+        assert caught.value.code == 5 and "python3-nftables" in caught.value.details
+        assert sys.modules.get("json") is loaded
+
+
+# --- the lock -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lock(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel, "LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(kernel, "LOCK_SECONDS", 0.2)
+    return tmp_path / "lock"
+
+
+def is_free(path):
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_lock(lock):
+    """The lock is held in the block and free after it, an error or not; only its owner can open it."""
+    with kernel.Lock():
+        assert not is_free(lock) and lock.stat().st_mode & 0o777 == 0o600
+    assert is_free(lock)
+    with pytest.raises(KeyError), kernel.Lock():
+        raise KeyError
+    assert is_free(lock)
+
+
+def test_lock_waits_in_vain(lock):
+    """Who waits too long is told to try again later, and what was under way with SIGALRM goes on."""
+    before = signal.getsignal(signal.SIGALRM)
+    with kernel.Lock(), pytest.raises(CniError, match="held by another") as caught, kernel.Lock():
+        pass
+    assert caught.value.code == 11
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    with kernel.Lock():
+        pass
+
+
+def test_lock_waits(lock, monkeypatch):
+    """Who waits gets it when its holder is gone."""
+    monkeypatch.setattr(kernel, "LOCK_SECONDS", 30)
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX); " \
+           "print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.read(1)
+        assert not is_free(lock)
+        threading.Timer(0.1, holder.stdin.close).start()
+        with kernel.Lock():
+            assert holder.stdin.closed
+
+
+def test_lock_removed(lock, monkeypatch):
+    """A lock file that somebody removes while we wait is not the one that others will find: it is taken anew."""
+    real = os.stat
+    removed = []
+
+    def stat(path):
+        if not removed:
+            removed.append(path)
+            os.unlink(path)
+        return real(path)
+    fake = types.SimpleNamespace(**{name: getattr(kernel.posix, name) for name in dir(kernel.posix) if name != "stat"},
+                                 stat=stat)
+    monkeypatch.setattr(kernel, "posix", fake)
+    with kernel.Lock():
+        assert removed and lock.exists() and not is_free(lock)
+
+
+@pytest.mark.parametrize("prepare, word", [
+    (lambda lock: lock.symlink_to("/dev/null"), "symbolic links"), (lambda lock: lock.mkdir(), "directory"),
+    (lambda lock: (lock.touch(), lock.chmod(0o644)), "open to other users"),
+    (lambda lock: (lock.touch(), lock.chmod(0o620)), "open to other users")])
+def test_lock_unsafe(lock, prepare, word):
+    """A lock that others could hold, or that leads elsewhere, is not used."""
+    prepare(lock)
+    with pytest.raises(CniError, match=word) as caught, kernel.Lock():
+        pass
+    assert caught.value.code == 5
+
+
+# --- what surrounds the rules ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("protocol, kind", [("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)])
+def test_is_bound(protocol, kind):
+    """bind(2) itself says whether a port is in use: overlapping addresses are, others aren't."""
+    with socket.socket(socket.AF_INET, kind) as used:
+        used.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            used.listen()
+        port = used.getsockname()[1]
+        found = [Kernel().is_bound(4, protocol, ip, port) for ip in ("127.0.0.1", "", "127.0.0.2")]
+        assert found == [True, True, False] and not Kernel().is_bound(6, protocol, "::1", port)
+    assert not Kernel().is_bound(4, protocol, "127.0.0.1", port)
+
+
+def test_is_bound_elsewhere():
+    """An address that this host doesn't have, and a protocol that it doesn't know, are used by nobody."""
+    assert not Kernel().is_bound(4, "tcp", "192.0.2.77", 8080) and not Kernel().is_bound(4, "sctp", "127.0.0.1", 8080)
+
+
+@pytest.fixture
+def sysctl(monkeypatch, tmp_path):
+    """route_localnet of the interface that a route leads to, in a temporary folder."""
+    monkeypatch.setattr(kernel, "route_interface", lambda family, ip: 7)
+    monkeypatch.setattr(kernel, "if_indextoname", lambda index: f"../../../../..{tmp_path}")
+    return tmp_path / "route_localnet"
+
+
+def test_allow_localnet(sysctl):
+    """It is set where it isn't, and not written where it is."""
+    for before in "0", "1":
+        sysctl.write_text(before + "\n")
+        sysctl.chmod(0o600 if before == "0" else 0o400)
+        Kernel().allow_localnet("10.88.0.2")
+        assert sysctl.read_text() == "1\n"
+
+
+def test_allow_localnet_fails(sysctl, monkeypatch):
+    """Where it can't be set the error names the file; without a route there is nothing to set."""
+    with pytest.raises(CniError, match="route_localnet") as caught:
+        Kernel().allow_localnet("10.88.0.2")
+    assert caught.value.code == 5
+
+    def no_route(family, ip):
+        raise OSError(101, "no route")
+    monkeypatch.setattr(kernel, "route_interface", no_route)
+    Kernel().allow_localnet("10.88.0.2")
+
+
+@pytest.mark.parametrize("bridged, kind, code, says", [
+    (b"", "bridge", 0, ""), (b"0", "bridge", 0, ""), (b"1", "veth", 0, ""),
+    (b"1", "bridge", 0, "bridge-nf-call-ip6tables"), (b"0", "bridge", 95, "no local route")])
+def test_allow_localhost6(monkeypatch, bridged, kind, code, says):
+    """The route is added, or the obstacle named: a bridge whose replies are translated too early, or no IPv6."""
+    added = []
+
+    def add(*route):
+        added.append(route)
+        if code:
+            raise OSError(code, "no")
+    for name, value in {"route_interface": lambda family, ip: 7, "_read": lambda path: bridged,
+                        "link_kind": lambda index: kind, "add_local_route": add}.items():
+        monkeypatch.setattr(kernel, name, value)
+    found = Kernel().allow_localhost6("fd88::2")
+    assert says in found and bool(found) == bool(says)
+    assert added == [("::1", 7, 4096)] * (says != "bridge-nf-call-ip6tables")
+
+
+class Conntrack:
+    """Flows (family, port, destination, target), and whether the kernel can choose among them by itself."""
+
+    def __init__(self, flows, able=True):
+        self.live, self.able, self.log = [Flow(*flow) for flow in flows], able, []
+
+    def __call__(self, protocol):
+        return self
+
+    def forget(self, port, destination, target):
+        self.log.append("filter")
+        if self.able:
+            self.live = [flow for flow in self.live if not (
+                flow.family == 4 and port in (0, flow.port) and destination in (b"", flow.destination)
+                and target in (b"", flow.target))]
+        return self.able
+
+    def flows(self, family, port):
+        self.log.append("list")
+        return [flow for flow in self.live if flow.family == family and port in (0, flow.port)]
+
+    def forget_each(self, flows):
+        self.live = [flow for flow in self.live if flow not in flows]
+
+
+class Flow(NamedTuple):
+    family: int
+    port: int
+    destination: bytes
+    target: bytes
+
+
+A, B = (4, 80, b"host", b"gone"), (6, 80, b"host" * 4, b"gone" * 4)
+MINE = (4, 80, b"host", b"mine")
+
+
+@pytest.mark.parametrize("flows, filters, able, log", [
+    ([], [A], True, []), ([MINE], [], True, []), ([A, MINE], [A], True, ["filter"]),
+    ([A, MINE], [A], False, ["filter", "list"]), ([B, MINE], [B], True, ["list"]),
+    ([A, B, MINE], [A, B], True, ["filter", "list"]),
+    ([A, MINE], [(4, port, b"host", b"gone") for port in range(1, 1000)], True, ["list"]),
+    ([*[A] * 5, MINE], [A], False, ["filter", "list", "filter"]),
+    ([*[(4, 80, bytes([host]), b"gone") for host in range(200)], MINE],
+     [(4, 80, bytes([host]), b"gone") for host in range(200)], True, ["list", *["filter"] * 3, "list"])])
+def test_forget(monkeypatch, flows, filters, able, log):
+    """Stale flows go and others stay, at the least cost: by the kernel's own filter where it can, or from a list."""
+    found = Conntrack(flows, able)
+    monkeypatch.setattr(kernel, "_read", lambda path, size=1: str(len(flows)).encode() if flows else b"")
+    monkeypatch.setattr(kernel, "Conntrack", found)
+    monkeypatch.setattr(kernel, "MANY_FLOWS", 3)
+    Kernel().forget(17, lambda: filters, lambda flow: flow != MINE)
+    assert [flow for flow in found.live if flow != MINE] == [] and found.live.count(MINE) == flows.count(MINE)
+    assert found.log[:len(log)] == log and ("list" in found.log) == ("list" in log)
+
+
+def test_forget_fails(monkeypatch, capfd):
+    """Conntrack's refusal is one line, and no failure: the ports are published all the same."""
+    monkeypatch.setattr(kernel, "_read", lambda path, size=1: b"9")
+    monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
+    Kernel().forget(17, lambda: [(4, 80, b"", b"")], lambda flow: True)
+    assert capfd.readouterr().err == "cni-portmap: stale connections may live on: conntrack: Operation not permitted\n"
+
+
+def test_local_addresses(monkeypatch):
+    """Link-local addresses aren't among this host's: nothing is forwarded from them."""
+    ips = {socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip): ip
+           for ip in ("127.0.0.1", "169.254.1.1", "::1", "fe80::1", "febf::1", "fec0::1", "fd00::1")}
+    monkeypatch.setattr(kernel, "local_addresses", lambda: set(ips))
+    assert {*ips.values()} - {ips[address] for address in Kernel().local_addresses()} == {"fe80::1", "febf::1"}
+
+
+def test_read(tmp_path):
+    """The first bytes of a file; nothing of one that isn't there."""
+    (tmp_path / "a").write_text("12345")
+    assert (kernel._read(f"{tmp_path}/a"), kernel._read(f"{tmp_path}/a", 9)) == (b"1", b"12345")
+    assert kernel._read(f"{tmp_path}/b") == b""
+
+
+def test_leave():
+    """It gives away every socket and nothing else, and no process stays behind."""
+    script = """if True:
+        import os, socket, sys
+        sys.path.insert(0, sys.argv[1])
+        from cni_portmap import kernel
+        file = os.open("/", os.O_RDONLY)
+        sockets = [socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) for _ in range(3)]
+        kernel.leave()
+        kernel.leave()
+        os.fstat(file)
+        print([os.path.exists(f"/proc/self/fd/{each.detach()}") for each in sockets], flush=True)
+        os._exit(0)"""
+    done = subprocess.run(["/usr/bin/python3", "-IS", "-c", script, ROOT], capture_output=True, text=True, timeout=60,
+                          check=True)
+    assert done.stdout == "[False, False, False]\n"

@@ -1,0 +1,27 @@
+"""Linters are tests. Their exceptions are in ruff.toml and mypy.ini, each with its reason; a missing tool is a skip."""
+import shutil
+import subprocess
+
+import pytest
+from helpers import ROOT
+
+SHELL = [path for folder in ("scripts", ".ci") for path in sorted((ROOT / folder).iterdir())
+         if path.read_bytes().startswith(b"#!/bin/sh\n")]
+BASH = sorted((ROOT / "conf").glob("*.bash"))
+
+
+@pytest.mark.parametrize("tool, arguments", [
+    ("ruff", ["check", "--no-cache", "--quiet", "--output-format=concise"]),
+    ("mypy", ["--cache-dir=/dev/null", "--python-executable=/usr/bin/python3"]),
+    ("shellcheck", SHELL), ("shellcheck", ["--shell=bash", *BASH])], ids=["ruff", "mypy", "sh", "bash"])
+def test_linter(tool, arguments):
+    """Nothing to complain about."""
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not installed")
+    done = subprocess.run([tool, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_shell_scripts_are_found():
+    """The list that shellcheck gets is not empty for a reason of ours."""
+    assert {"install", "test", "run"} <= {path.name for path in SHELL} and BASH

@@ -1,0 +1,414 @@
+"""Netlink messages as bytes: what is asked, and that whatever answers come are read, refused, or left alone."""
+import contextlib
+import itertools
+import socket
+import struct
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from cni_portmap import netlink
+from cni_portmap.netlink import attribute, attributes, nested
+
+EPERM, ENOENT, EINTR, EEXIST, EINVAL = 1, 2, 4, 17, 22
+ERROR, DONE, MULTI, INTERRUPTED = 2, 3, 2, 0x10
+
+
+def message(kind, body=b"", flags=0):
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body + bytes(-len(body) % 4)
+
+
+def error(code):
+    return message(ERROR, struct.pack("=i", -code))
+
+
+DONE_MESSAGE = message(DONE, bytes(4))
+
+
+class Wire:
+    """A socket whose other end is a list of datagrams; `sent` are the messages, as (kind, flags, body)."""
+
+    def __init__(self, datagrams):
+        self.datagrams, self.sent = list(datagrams), []
+
+    def __call__(self, *_):
+        return self
+
+    def send(self, data):
+        while data:
+            length, kind, flags, _, _ = struct.unpack_from("=IHHII", data)
+            self.sent.append((kind, flags, data[16:length]))
+            data = data[length + 3 & ~3:]
+
+    def recv(self, _):
+        if not self.datagrams:
+            raise OSError(11, "nothing more comes")
+        return self.datagrams.pop(0)
+
+
+@pytest.fixture
+def wire(monkeypatch):
+    """Make netlink's sockets talk to these datagrams."""
+    def connect(*datagrams):
+        found = Wire(datagrams)
+        monkeypatch.setattr(netlink, "socket", found)
+        return found
+    return connect
+
+
+def name(kind, text):
+    return attribute(kind, text.encode() + b"\0")
+
+
+def element(key, chain):
+    """A map element as the kernel lists it: its key, and its verdict."""
+    verdict = nested(2, attribute(1, struct.pack(">i", -4)), *([name(2, chain)] if chain else []))
+    return nested(1, nested(1, attribute(1, key)), nested(2, verdict))
+
+
+def rule(chain, userdata=b"", expressions=b""):
+    return bytes(4) + name(1, "cni_portmap") + name(2, chain) + nested(4, expressions) + attribute(7, userdata)
+
+
+# --- attributes -----------------------------------------------------------------------------------------------
+
+ATTRIBUTES = st.lists(st.tuples(st.integers(0, 0x3fff), st.binary(max_size=20)), max_size=8)
+
+
+@hypothesis.given(ATTRIBUTES)
+def test_attributes_round_trip(found):
+    """What is written is read."""
+    assert [*attributes(b"".join(attribute(*each) for each in found))] == found
+    [(kind, inner)] = attributes(nested(5, *(attribute(*each) for each in found)))
+    assert kind == 5 and [*attributes(inner)] == found
+
+
+@hypothesis.given(st.binary(max_size=100), st.integers(0, 20))
+def test_attributes_of_anything(data, at):
+    """Any bytes end, in pieces of them."""
+    for kind, payload in attributes(data, at):
+        assert 0 <= kind <= 0x3fff and payload in data
+
+
+@hypothesis.given(st.binary(max_size=60))
+def test_comment_of_anything(data):
+    """Any user data has a comment, or none."""
+    assert type(netlink._comment(data)) is str
+
+
+@pytest.mark.parametrize("userdata, comment", [
+    (b"", ""), (b"\0\x04abc\0", "abc"), (b"\x01\x02xy\0\x04abc\0", "abc"), (b"\0\x04abc\0\0\x02d\0", "abc"),
+    (b"\0\x7fabc", "abc"), (b"\0", ""), (b"\0\0", ""), (b"\0\x01\0", ""), (b"\0\x03\xff\xfe\0", "\ufffd\ufffd"),
+    (b"\x05\xff", "")])
+def test_comment(userdata, comment):
+    """libnftnl's type, length, value; the first comment counts, and what is cut short ends where it ends."""
+    assert netlink._comment(userdata) == comment
+
+
+# --- questions and answers ------------------------------------------------------------------------------------
+
+def test_ask(wire):
+    """One question, its answers, and the kernel's acknowledgement."""
+    there = wire(message(26, b"abcd"), error(0))
+    assert netlink.Socket(0).ask(26, b"body") == [b"abcd"]
+    assert there.sent == [(26, 0x5, b"body")]  # NLM_F_REQUEST | NLM_F_ACK
+
+
+@pytest.mark.parametrize("code", [EPERM, ENOENT, EINVAL, 105])
+@pytest.mark.parametrize("ask", [lambda found: found.ask(1, b""), lambda found: found.dump(1, b"")])
+def test_errors(wire, ask, code):
+    """A refusal is an OSError with the kernel's number."""
+    wire(message(1, b"abcd") + error(code))
+    with pytest.raises(OSError, match="netlink") as caught:
+        ask(netlink.Socket(0))
+    assert caught.value.errno == code
+
+
+def test_dump(wire):
+    """A dump comes in many datagrams, and ends with one that says so; an error in it counts."""
+    there = wire(message(1, b"aaaa", MULTI) + message(1, b"bb", MULTI), message(1, b"cccc", MULTI), DONE_MESSAGE)
+    assert netlink.Socket(0).dump(1, b"") == [b"aaaa", b"bb", b"cccc"] and there.sent == [(1, 0x301, b"")]
+    wire(message(1, b"aaaa", MULTI), message(DONE, struct.pack("=i", -EPERM)))
+    with pytest.raises(PermissionError):
+        netlink.Socket(0).dump(1, b"")
+
+
+def test_dump_interrupted(wire):
+    """A dump that somebody changed in between is asked for again, and not for ever."""
+    changed = message(1, b"aaaa", MULTI | INTERRUPTED) + DONE_MESSAGE
+    there = wire(changed, changed, message(1, b"bbbb", MULTI) + DONE_MESSAGE)
+    assert netlink.Socket(0).dump(1, b"") == [b"bbbb"] and len(there.sent) == 3
+    wire(*[changed] * 1000)
+    with pytest.raises(InterruptedError):
+        netlink.Socket(0).dump(1, b"")
+
+
+def test_ask_each(wire):
+    """Questions go in batches that the socket's buffer holds; who is not there is None."""
+    bodies = [bytes([number]) for number in range(150)]
+    answers = [error(ENOENT) if number % 3 else message(1, bytes([number])) for number in range(150)]
+    there = wire(b"".join(answers[:64]), b"".join(answers[64:100]), b"".join(answers[100:128]), *answers[128:])
+    assert netlink.Socket(0).ask_each(1, bodies) == [None if number % 3 else bytes([number]) for number in range(150)]
+    assert [body for _, _, body in there.sent] == bodies
+    wire(error(0), error(EPERM))
+    with pytest.raises(PermissionError):
+        netlink.Socket(0).ask_each(1, bodies[:2], 4)
+
+
+@hypothesis.example(bytes(16))  # a length of nothing
+@hypothesis.example(b"\x04" + bytes(40))
+@hypothesis.given(st.binary(max_size=80))
+def test_any_datagram(data):
+    """Any datagram ends, in messages of its bytes or an OSError."""
+    found = netlink.Socket.__new__(netlink.Socket)
+    found._socket, found._sequence = Wire([data]), 0
+    with contextlib.suppress(OSError):
+        assert len([*itertools.islice(found._receive(), 100)]) <= len(data)
+
+
+@pytest.mark.parametrize("datagram", [
+    b"", b"\x10" * 15, message(ERROR), message(ERROR, b"\1"), message(DONE), message(DONE, b"\1\2"),
+    b"\x30" + message(1, b"abcd")[1:], message(1)])
+@pytest.mark.parametrize("ask", [lambda found: found.ask(1, b""), lambda found: found.dump(1, b""),
+                                 lambda found: found.ask_each(1, [b"", b""])])
+def test_odd_answer(wire, ask, datagram):
+    """An answer that is cut short is an answer, or an OSError."""
+    wire(datagram)
+    with contextlib.suppress(OSError):
+        assert type(ask(netlink.Socket(0))) is list
+
+
+# --- nf_tables ------------------------------------------------------------------------------------------------
+
+KEY = bytes((2, 0, 0, 0, 6, 0, 0, 0, 0x1f, 0x90, 0, 0))
+OTHER = bytes((10, 0, 0, 0, 6, 0, 0, 0, 0x1f, 0x90, 0, 0))
+
+
+@pytest.mark.parametrize("answer, flags", [
+    (error(ENOENT), None), (message(1, bytes(4) + attribute(2, b"\0\0\0\1")), 1),
+    (message(1, bytes(4) + attribute(2, bytes(4))), 0), (message(1, bytes(4)), 0)])
+def test_table_flags(wire, answer, flags):
+    """A table's flags; None without a table."""
+    there = wire(answer)
+    assert netlink.NfTables("cni_portmap").flags() == flags
+    assert there.sent == [(0xa01, 1, b"\1\0\0\0" + name(1, "cni_portmap"))]
+
+
+def test_chain(wire):
+    """A chain's attributes; None without a chain."""
+    there = wire(message(1, bytes(4) + name(3, "output") + attribute(7, b"nat\0")))
+    assert netlink.NfTables("t").chain("output") == {3: b"output\0", 7: b"nat\0"}
+    assert there.sent == [(0xa04, 1, b"\1\0\0\0" + name(1, "t") + name(3, "output"))]
+    wire(error(ENOENT))
+    assert netlink.NfTables("t").chain("output") is None
+
+
+def test_rules(wire):
+    """Rules with their chain, comment and expressions; of one chain, or of all."""
+    first, second = message(6, rule("a", b"\0\x02x\0"), MULTI), message(6, rule("b", b"", b"raw!"), MULTI)
+    there = wire(first + second + DONE_MESSAGE, DONE_MESSAGE)
+    tables = netlink.NfTables("t")
+    assert [*tables.rules()] == [("a", "x", b""), ("b", "", b"raw!")]
+    assert [*tables.rules("c")] == []
+    table = b"\1\0\0\0" + name(1, "t")
+    assert [body for _, _, body in there.sent] == [table, table + name(2, "c")]
+
+
+def test_lookup(wire):
+    """Each element that exists, with its chain; "" for a verdict that leads to none."""
+    wanted = [("hostports", KEY), ("hostports", OTHER), ("hostip4_hostports", KEY)]
+    found = [message(1, bytes(4) + nested(3, element(KEY, chain))) for chain in ("c/a/eth0", "")]
+    there = wire(found[0] + error(ENOENT) + found[1])
+    assert netlink.NfTables("t").lookup(wanted) == {wanted[0]: "c/a/eth0", wanted[2]: ""}
+    key = nested(3, nested(1, nested(1, attribute(1, KEY))))
+    assert there.sent[0] == (0xa0d, 1, b"\1\0\0\0" + name(1, "t") + name(2, "hostports") + key)
+
+
+def test_elements(wire):
+    """All elements of a map, in as many messages as they come; none without the map."""
+    many = message(1, bytes(4) + name(1, "t") + nested(3, element(KEY, "a"), element(OTHER, "b")), MULTI)
+    wire(many + many, DONE_MESSAGE)
+    assert [*netlink.NfTables("t").elements("hostports")] == [(KEY, "a"), (OTHER, "b")] * 2
+    wire(error(ENOENT))
+    assert [*netlink.NfTables("t").elements("hostports")] == []
+    wire(error(EPERM))
+    with pytest.raises(PermissionError):
+        [*netlink.NfTables("t").elements("hostports")]
+
+
+def test_catchall(wire):
+    """`add element inet cni_portmap hostports { * : drop }` has no key; it breaks nothing."""
+    catchall = nested(1, attribute(3, b"\0\0\0\2"), nested(2, nested(2, attribute(1, bytes(4)))))
+    wire(message(1, bytes(4) + nested(3, catchall, element(KEY, "a")), MULTI) + DONE_MESSAGE)
+    assert (KEY, "a") in [*netlink.NfTables("t").elements("hostports")]
+
+
+def test_foreign_names(wire):
+    """Names that other programs may give, as bytes that are no text, break nothing."""
+    odd = bytes(4) + attribute(1, b"t\0") + attribute(2, b"\xff\xfe\0")
+    wire(message(6, odd, MULTI) + DONE_MESSAGE)
+    assert len([*netlink.NfTables("t").rules()]) == 1
+
+
+def test_expressions():
+    """Name and attributes of each expression."""
+    raw = nested(1, name(1, "counter"), nested(2, attribute(1, bytes(8)))) + nested(1, name(1, "masq"))
+    assert [*netlink.expressions(raw)] == [("counter", {1: bytes(8)}), ("masq", {})]
+
+
+def expression(kind, *fields):
+    """An expression and its fields 1, 2, ...: an integer is 32 bits in network order, bytes are data, None is none."""
+    packed = {int: lambda value: value.to_bytes(4, "big"), bytes: lambda value: attribute(1, value),
+              str: lambda value: value.encode() + b"\0"}
+    return nested(1, name(1, kind), nested(2, *(attribute(number, packed[type(value)](value))
+                                                for number, value in enumerate(fields, 1) if value is not None)))
+
+
+L4PROTO = expression("meta", 1, 16) + expression("cmp", 1, 0, b"\x06")
+DPORT = expression("payload", 1, 2, 2, 2)
+DADDR = expression("payload", 1, 1, 16, 4) + expression("cmp", 1, 0, b"\xc0\0\2\1")
+TO = expression("immediate", 1, b"\x0a\x58\0\2")
+NAT, NAT_TO_2 = expression("nat", 1, 2, 1), expression("nat", 1, 2, 1, None, 2)
+TO_80 = TO + expression("immediate", 2, b"\0\x50") + NAT_TO_2
+
+
+def dport(operator, port):
+    return expression("cmp", 1, operator, struct.pack(">H", port))
+
+
+@pytest.mark.parametrize("raw, daddr, ports", [
+    (L4PROTO + DPORT + dport(0, 8080) + TO_80, b"", {8080: 80}),
+    (DADDR + L4PROTO + DPORT + dport(0, 8080) + TO_80, b"\xc0\0\2\1", {8080: 80}),
+    (L4PROTO + DPORT + dport(5, 9000) + dport(3, 9002) + TO + NAT, b"", {9000: 9000, 9001: 9001, 9002: 9002}),
+    (L4PROTO + DPORT + expression("range", 1, 0, b"\x23\x28", b"\x23\x29") + TO + NAT, b"", {9000: 9000, 9001: 9001}),
+    (L4PROTO + DPORT + expression("lookup", "__set0", 1) + TO + DPORT + expression("lookup", "__map0", 1, 2) + NAT_TO_2,
+     b"", {8000: 80, 8001: 81})])
+def test_dnat_rule(raw, daddr, ports):
+    """A dnat rule's address, protocol, target, and where each of its ports goes; with its counter."""
+    sets = {b"__map0\0": [(b"\x1f\x40\0\0", b"\0\x50\0\0"), (b"\x1f\x41\0\0", b"\0\x51\0\0")]}
+    counter = nested(1, name(1, "counter"), nested(2, attribute(1, bytes(8)), attribute(2, bytes(7) + b"\5")))
+    found = netlink.DnatRule(counter + raw, lambda its_name: sets[its_name])
+    assert (found.daddr, found.ports, found.protocol) == (daddr, ports, 6)
+    assert (found.target, found.packets) == (b"\x0a\x58\0\2", 5)
+
+
+@pytest.mark.parametrize("raw", [b"", expression("counter", 0, 0), L4PROTO + DPORT + dport(0, 80),
+                                 DADDR + expression("immediate", 0, b"")])
+def test_no_dnat_rule(raw):
+    """A rule that translates nothing has no target and no ports."""
+    found = netlink.DnatRule(raw, lambda _: [])
+    assert (found.target, found.ports) == (b"", {})
+
+
+# --- routes, addresses, links ---------------------------------------------------------------------------------
+
+def test_route_interface(wire):
+    """The interface that a route leads to; 0 if it leads to none; an OSError without a route."""
+    for ip, family, size, packed in (("10.0.0.1", socket.AF_INET, 32, b"\x0a\0\0\1"),
+                                     ("fd::1", socket.AF_INET6, 128, socket.inet_pton(socket.AF_INET6, "fd::1"))):
+        there = wire(message(24, bytes(12) + attribute(4, struct.pack("=I", 7))) + error(0))
+        assert netlink.route_interface(4 if size == 32 else 6, ip) == 7
+        assert there.sent == [(26, 5, bytes((family, size)) + bytes(10) + attribute(1, packed))]
+    wire(message(24, bytes(12)) + error(0))
+    assert netlink.route_interface(4, "10.0.0.1") == 0
+    wire(error(101))
+    with pytest.raises(OSError, match="netlink"):
+        netlink.route_interface(4, "10.0.0.1")
+
+
+def test_add_local_route(wire):
+    """A route that is there already is fine; any other refusal is not."""
+    for code in 0, EEXIST:
+        there = wire(error(code))
+        netlink.add_local_route("::1", 7, 4096)
+        kind, flags, body = there.sent[0]
+        assert (kind, flags, body[:12]) == (24, 0xc05, bytes((socket.AF_INET6, 128, 0, 0, 255, 4, 0, 2, 0, 0, 0, 0)))
+        assert dict(attributes(body, 12)) == {1: bytes(15) + b"\1", 4: struct.pack("=I", 7), 6: struct.pack("=I", 4096)}
+    wire(error(EPERM))
+    with pytest.raises(PermissionError):
+        netlink.add_local_route("::1", 7, 4096)
+
+
+def test_local_addresses(wire):
+    """IFA_LOCAL where there is one (the near end of a point-to-point link), else IFA_ADDRESS."""
+    link = message(20, bytes(8) + attribute(1, b"peer") + attribute(2, b"near"), MULTI)
+    wire(link + message(20, bytes(8) + attribute(1, bytes(16)), MULTI), DONE_MESSAGE)
+    assert netlink.local_addresses() == {b"near", bytes(16)}
+
+
+@pytest.mark.parametrize("info, kind", [(nested(18, name(1, "bridge")), "bridge"),
+                                        (nested(18, name(1, "veth"), nested(2)), "veth"), (b"", "")])
+def test_link_kind(wire, info, kind):
+    """IFLA_INFO_KIND; "" for what has none, such as a real network card."""
+    wire(message(16, bytes(16) + name(3, "cni0") + info) + error(0))
+    assert netlink.link_kind(7) == kind
+
+
+# --- conntrack ------------------------------------------------------------------------------------------------
+
+def direction(kind, source, target, port):
+    family = 0 if "." in source else 2
+    packed = [socket.inet_pton(socket.AF_INET6 if family else socket.AF_INET, ip) for ip in (source, target)]
+    return nested(kind, nested(1, attribute(1 + family, packed[0]), attribute(2 + family, packed[1])),
+                  nested(2, attribute(1, b"\x11"), attribute(2, b"\x12\x34"), attribute(3, struct.pack(">H", port))))
+
+
+@pytest.mark.parametrize("client, host, container",
+                         [("192.0.2.2", "192.0.2.1", "10.88.0.2"), ("2001:db8::2", "2001:db8::1", "fd88::2")])
+def test_flows(wire, client, host, container):
+    """A flow is what its first packet asked for, and who answers."""
+    directions = direction(1, client, host, 8080) + direction(2, container, client, 99)
+    there = wire(message(1, bytes(4) + directions + attribute(12, b"\0\0\0\7"), MULTI), DONE_MESSAGE)
+    family = 4 if "." in host else 6
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    conntrack = netlink.Conntrack(17)
+    [flow] = conntrack.flows(family, 8080)
+    assert (flow.family, flow.port) == (family, 8080)
+    assert (flow.destination, flow.target) == (socket.inet_pton(kind, host), socket.inet_pton(kind, container))
+    [(kind_asked, flags, body)] = there.sent
+    assert (kind_asked, flags, body[:4]) == (0x101, 0x301, bytes((kind, 1, 0, 0))) and b"\x1f\x90" in body
+    assert dict(attributes(dict(attributes(body, 4))[25])) == {1: b"\x28\0\0\0"}
+    there.datagrams = [error(ENOENT)]
+    conntrack.forget_each([flow])
+    assert there.sent[-1][0] == 0x102 and {1, 12} == {each for each, _ in attributes(there.sent[-1][2], 4)}
+
+
+def test_forget_none(wire):
+    """With nothing to forget nothing is asked."""
+    there = wire()
+    netlink.Conntrack(17).forget_each([])
+    assert there.sent == []
+
+
+@pytest.mark.parametrize("destination, target, flags", [
+    (b"", b"", {1: 0x28}), (b"\xc0\0\2\1", b"", {1: 0x2a}), (b"", b"\x0a\x58\0\2", {1: 0x28, 2: 1}),
+    (b"\xc0\0\2\1", b"\x0a\x58\0\2", {1: 0x2a, 2: 1})])
+def test_forget_asks(wire, destination, target, flags):
+    """The filter names protocol and port, the destination and who answers where they are given; IPv4 alone."""
+    there = wire(error(0))
+    assert netlink.Conntrack(17).forget(8080, destination, target)
+    [(kind, asked, body)] = there.sent
+    found = dict(attributes(body, 4))
+    original, reply = dict(attributes(found[1])), dict(attributes(found.get(2, b"")))
+    assert (kind, asked, body[:4]) == (0x102, 5, bytes((socket.AF_INET, 1, 0, 0)))
+    assert dict(attributes(original[2])) == {1: b"\x11", 3: b"\x1f\x90"}
+    assert dict(attributes(original.get(1, b""))) == ({2: destination} if destination else {})
+    assert dict(attributes(reply.get(1, b""))) == ({1: target} if target else {})
+    assert {side: int.from_bytes(value, "little") for side, value in attributes(found[25])} == flags
+
+
+@pytest.mark.parametrize("code, answer", [(0, True), (ENOENT, True), (EINVAL, False)])
+def test_forget(wire, code, answer):
+    """None of that kind is fine; a kernel that can't choose says so; any other refusal is an OSError."""
+    wire(error(code))
+    assert netlink.Conntrack(17).forget(8080, b"", b"") is answer
+    wire(error(EPERM))
+    with pytest.raises(PermissionError):
+        netlink.Conntrack(17).forget(8080, b"", b"")
+
+
+def test_forget_sctp(wire):
+    """The kernel's filter knows no ports of SCTP, so it isn't asked."""
+    there = wire()
+    assert netlink.Conntrack(132).forget(8080, b"", b"") is False and there.sent == []

@@ -1,0 +1,708 @@
+"""The verbs, against a kernel that only records: what is asked and written, in which order, and what if it fails."""
+import contextlib
+import socket
+import types
+
+import pytest
+from helpers import (CHAIN, INODE, PORT, VARIABLES, RecordingKernel, attachment, base_comments,
+                     configuration, elements, respond)
+
+from cni_portmap import cni, config, portmap, ruleset
+
+WEB = attachment(PORT)
+BASE = ruleset.base(ruleset.BASE, (), {13})
+INTACT = {"comments": lambda chain: base_comments().get(chain, []), "has_chain": lambda chain: chain in ruleset.BASE}
+OTHER = "c/other/eth0"
+OTHER_RECORD = "net=theirs netns=/run/netns/other#99"
+
+
+def holding(table, record=OTHER_RECORD, **answers):
+    """Answers of a host with an intact base whose maps are `table`: (map, key) -> chain."""
+    chains = {*table.values()}
+    return {**INTACT, "has_chain": lambda chain: chain in ruleset.BASE or chain in chains,
+            "lookup": lambda wanted: {element: table[element] for element in wanted if element in table},
+            "claimants": lambda name, endings: [(chain, key[-8:]) for (its_name, key), chain in table.items()
+                                                if its_name == name and key[-8:] in endings],
+            "elements_of": lambda wanted: [(element, chain) for element, chain in table.items() if chain in wanted],
+            "owner": lambda chain: ruleset.Owner(chain, record), **answers}
+
+
+UNBOUND = {"ips": [{"address": "10.88.0.2/16"}, {"address": "fd88::2/64"}]}  # addresses of whichever interface
+
+
+def mapping(host_ip="", protocol="tcp", host_port=8080, container_port=80):
+    return {"hostPort": host_port, "containerPort": container_port, "protocol": protocol, "hostIP": host_ip}
+
+
+def add(kernel, *ports, **keys):
+    """Publish ports; the CniError, or None."""
+    try:
+        portmap.add(attachment(*ports or [PORT], **keys), kernel)
+    except cni.CniError as error:
+        return error
+    return None
+
+
+# --- ADD ------------------------------------------------------------------------------------------------------
+
+def test_first_add(kernel):
+    """The first ADD of a host writes the base and the attachment in one transaction."""
+    assert add(kernel) is None
+    assert kernel.written == [BASE + ruleset.attach(WEB)]
+
+
+def test_add():
+    """With the base there, only the attachment is written; nothing is deleted, and nothing is listed."""
+    kernel = RecordingKernel(**INTACT)
+    assert add(kernel) is None
+    assert kernel.written == [ruleset.attach(WEB)]
+    assert not kernel.named("owners", "picture", "dry_run", "is_bound", "owner")
+
+
+def test_add_order(kernel):
+    """Rules are read and written under the lock; localhost is opened before, connections are forgotten after."""
+    add(kernel, mapping(protocol="udp"), conditionsV4=["ip saddr 10.0.0.1"])
+    order = [call[0] for call in kernel.calls]
+    lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
+    assert set(order[:lock]) == {"inode", "dry_run"} and transact + 1 == unlock
+    assert set(order[unlock + 1:]) == {"forget"}
+    assert {"allow_localnet", "allow_localhost6", "lookup", "comments"} <= set(order[lock:transact])
+
+
+def test_add_again():
+    """A repeated ADD replaces what the attachment had, whatever that was, in one transaction."""
+    old = dict.fromkeys(elements(attachment(mapping(host_port=1), PORT)), CHAIN)
+    kernel = RecordingKernel(**holding(old))
+    assert add(kernel) is None
+    assert kernel.written == [ruleset.detach([CHAIN], old) + ruleset.attach(WEB)]
+
+
+def test_inode():
+    """The record has the inode that the network namespace has at ADD."""
+    kernel = RecordingKernel(inode=77)
+    add(kernel)
+    assert kernel.calls[0] == ("inode", "/run/netns/web") and "netns=/run/netns/web#77" in kernel.written[0]
+
+
+@pytest.mark.parametrize("keys, texts", [
+    ({}, []), ({"conditionsV4": ["ip saddr 10.0.0.1"]}, [ruleset.probe(4, "ip saddr 10.0.0.1")]),
+    ({"conditionsV4": ["-s 10.0.0.1"], "conditionsV6": ["ct state new"]},
+     [ruleset.probe(4, "ip saddr 10.0.0.1"), ruleset.probe(6, "ct state new")])])
+def test_conditions(keys, texts):
+    """Conditions are tried alone, in a dry run; what nft doesn't take is code 7 before anything is written."""
+    kernel = RecordingKernel()
+    assert add(kernel, **keys) is None
+    assert [text for _, text in kernel.named("dry_run")] == texts
+    kernel = RecordingKernel(dry_run="syntax error")
+    error = add(kernel, **keys)
+    assert (error.code, error.details) == (7, "syntax error") if texts else error is None
+    assert bool(kernel.written) != bool(texts)
+
+
+# --- who owns a port ------------------------------------------------------------------------------------------
+
+# As in bind(2): a wildcard and a specific address of one family conflict, two specific addresses don't.
+OVERLAPS = [
+    ({}, {}, True), ({}, {"host_ip": "0.0.0.0"}, True), ({}, {"host_ip": "::"}, True),
+    ({"host_ip": "0.0.0.0"}, {"host_ip": "::"}, False), ({}, {"host_ip": "127.0.0.1"}, True),
+    ({"host_ip": "127.0.0.1"}, {}, True), ({"host_ip": "::1"}, {}, True), ({}, {"host_ip": "::1"}, True),
+    ({"host_ip": "127.0.0.1"}, {"host_ip": "127.0.0.1"}, True),
+    ({"host_ip": "127.0.0.1"}, {"host_ip": "127.0.0.2"}, False), ({"host_ip": "::1"}, {"host_ip": "0.0.0.0"}, False),
+    ({"host_ip": "127.0.0.1"}, {"host_ip": "::"}, False), ({"host_ip": "::1"}, {"host_ip": "fd00::1"}, False),
+    ({}, {"protocol": "udp"}, False), ({"host_ip": "127.0.0.1"}, {"protocol": "udp"}, False),
+    ({}, {"host_port": 8081}, False), ({}, {"host_ip": "127.0.0.1", "host_port": 8081}, False),
+    ({}, {"container_port": 81}, True)]
+
+
+@pytest.mark.parametrize("ours, theirs, conflict", OVERLAPS)
+def test_conflict(ours, theirs, conflict):
+    """A port of a living owner is refused before anything is written, and the owner is named."""
+    table = dict.fromkeys(elements(attachment(mapping(**theirs))), OTHER)
+    kernel = RecordingKernel(**holding(table))
+    error = add(kernel, mapping(**ours))
+    assert (error is not None) == conflict
+    if conflict:
+        assert error.code == 101 and not kernel.named("transact", "allow_localnet", "allow_localhost6", "forget")
+        words = ["tcp", "8080", "container other", "interface eth0", "network theirs"]
+        assert all(word in error.args[0] for word in words)
+        assert "/run/netns/other" in error.details
+
+
+@pytest.mark.parametrize("ours, theirs, conflict", OVERLAPS)
+def test_takeover(ours, theirs, conflict):
+    """A dead owner's whole attachment gives way, in the same transaction; it is judged by its record."""
+    table = dict.fromkeys(elements(attachment(mapping(**theirs), mapping(host_port=9))), OTHER)
+    kernel = RecordingKernel(**holding(table, is_dead=True))
+    assert add(kernel, mapping(**ours)) is None
+    new = ruleset.attach(attachment(mapping(**ours)))
+    assert kernel.written == [(ruleset.detach([OTHER], table) if conflict else "") + new]
+    assert [(owner.netns, owner.inode) for _, owner in kernel.named("is_dead")] == [("/run/netns/other", 99)] * conflict
+
+
+def test_two_owners():
+    """One living owner among dead ones is enough to be refused."""
+    table = dict(zip(elements(attachment(PORT, mapping(host_port=9))), [OTHER, OTHER, "c/third/eth0", "c/third/eth0"]))
+    kernel = RecordingKernel(**holding(table, is_dead=lambda owner: owner.container_id == "other"))
+    error = add(kernel, PORT, mapping(host_port=9))
+    assert error.code == 101 and "container third" in error.args[0] and kernel.written == []
+
+
+@pytest.mark.parametrize("chain", ["guard", "", "mine"])
+def test_foreign_element(chain):
+    """An element that somebody else wrote into our map is refused with the command that finds it."""
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), chain)))
+    error = add(kernel)
+    assert error.code == 103 and "nft list table inet cni_portmap" in error.details and kernel.written == []
+
+
+# A container may publish one port on several networks: it leads to the first, and the others stand by.
+
+FIRST, SECOND, THIRD = CHAIN, "c/web-1/eth1", "c/web-1/eth2"
+
+
+def noted(notes, **answers):
+    """Answers of a host with WEB's ports on its first interface, whose chain notes these others."""
+    comments = {FIRST: ["net=lab netns=#", *(f"also on {ifname}" for ifname in notes)], SECOND: ["net=lab"],
+                THIRD: ["net=lab"]}
+    return {**holding(dict.fromkeys(elements(WEB), FIRST)),
+            "comments": lambda chain: {**base_comments(), **comments}.get(chain, []),
+            "has_chain": lambda chain: chain in comments or chain in ruleset.BASE, "wanted_by": set(elements(WEB)),
+            **answers}
+
+
+def test_second_interface(capfd):
+    """A port that leads to this container through another interface stays there; this one stands by."""
+    table = {elements(WEB)[0]: SECOND}
+    kernel = RecordingKernel(**holding(table))
+    assert add(kernel) is None
+    assert kernel.written == [ruleset.attach(WEB, table) + ruleset.stand_by(SECOND, "eth0")]
+    assert "ipv6 . tcp . 8080 : goto" in kernel.written[0] and "ipv4 . tcp . 8080 : goto" not in kernel.written[0]
+    assert "through interface eth1 already" in capfd.readouterr().err
+
+
+def test_second_interface_again():
+    """Who stands by already isn't noted twice."""
+    kernel = RecordingKernel(**noted(["eth1"]))
+    assert add(kernel, environ={**VARIABLES, "CNI_IFNAME": "eth1"}, prevResult=UNBOUND) is None
+    assert "also on" not in kernel.written[0] and "create element" not in kernel.written[0]
+
+
+@pytest.mark.parametrize("notes, wanted, leads", [
+    ([], {}, {}), (["eth1"], {SECOND: elements(WEB)}, {SECOND: elements(WEB)}),
+    (["eth1"], {SECOND: elements(WEB)[:1]}, {SECOND: elements(WEB)[:1]}), (["eth9"], {}, {}),
+    (["eth1", "eth2"], {SECOND: elements(WEB)[:1], THIRD: elements(WEB)},
+     {SECOND: elements(WEB)[:1], THIRD: elements(WEB)[1:]}),
+    (["eth1", "eth2"], {SECOND: elements(WEB), THIRD: elements(WEB)}, {SECOND: elements(WEB)})])
+def test_heirs(notes, wanted, leads):
+    """When the first interface goes, its ports lead to who stands by, in order; heirs stand by for one another."""
+    kernel = RecordingKernel(**noted(notes, wanted_by=lambda chain: set(wanted[chain])))
+    portmap.delete("web-1", "eth0", kernel)
+    [text] = kernel.written
+    assert text.startswith(ruleset.detach([FIRST], elements(WEB)))
+    assert all(ruleset.lead(those, chain) in text for chain, those in leads.items())
+    assert text.count("create element") == len(leads)
+    assert text.count("also on") == (len(leads) if len(wanted) > 1 else 0)
+
+
+def test_heirs_of_replacement():
+    """A repeated ADD keeps the notes, and lets an heir have only what it doesn't publish any more."""
+    kernel = RecordingKernel(**noted(["eth1"]))
+    assert add(kernel, PORT) is None
+    again = ruleset.detach([FIRST], elements(WEB)) + ruleset.attach(WEB)
+    assert kernel.written == [again + ruleset.stand_by(FIRST, "eth1")]
+    kernel = RecordingKernel(**noted(["eth1"]))
+    assert add(kernel, mapping(host_port=9)) is None
+    assert ruleset.lead(elements(WEB), SECOND) in kernel.written[0]
+
+
+def test_own_dead_interface():
+    """What another interface of the same container left behind, in a namespace that is gone, gives way."""
+    table = dict.fromkeys(elements(WEB), "c/web-1/eth1")
+    kernel = RecordingKernel(**holding(table, is_dead=True))
+    assert add(kernel) is None
+    assert kernel.written == [ruleset.detach(["c/web-1/eth1"], table) + ruleset.attach(WEB)]
+
+
+HASHED = {"CNI_CONTAINERID": "a" * 70, "CNI_NETNS": "/n", "CNI_IFNAME": "eth@"}  # its chain: c/<64 times a>/hash/...
+
+
+def test_hashed_name_is_no_prefix():
+    """A container whose ID is the beginning of a longer one is not the same container."""
+    theirs = ruleset.chain_of(HASHED["CNI_CONTAINERID"], HASHED["CNI_IFNAME"])
+    record = "".join(ruleset.record_of(attachment(environ=HASHED)))
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), theirs), record))
+    error = add(kernel, environ={**VARIABLES, "CNI_CONTAINERID": "a" * 64})
+    assert error is not None and error.code == 101
+
+
+def test_hashed_name_is_own():
+    """A container whose chain has a hashed name is known as itself all the same."""
+    theirs = ruleset.chain_of(HASHED["CNI_CONTAINERID"], HASHED["CNI_IFNAME"])
+    found = attachment(PORT, environ=HASHED, prevResult={"ips": [{"address": "10.88.0.2/16"}]})
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(found), theirs), "".join(ruleset.record_of(found))))
+    assert add(kernel, environ={**HASHED, "CNI_IFNAME": "eth0"},
+               prevResult={"ips": [{"address": "10.88.0.2/16"}]}) is None
+    assert "create element" not in kernel.written[0]
+
+
+@pytest.mark.parametrize("value, refused", [(None, False), ("ignore", False), ("refuse", True)])
+def test_bound(value, refused):
+    """A port that a process uses is refused only if that is asked for (podman itself binds it before ADD)."""
+    kernel = RecordingKernel(is_bound=lambda family, *_: family == 6)
+    error = add(kernel, hostPortInUse=value)
+    if refused:
+        assert (error.code, kernel.written) == (102, []) and "tcp port 8080 on ::" in error.args[0]
+        assert kernel.named("is_bound") == [("is_bound", 4, "tcp", "", 8080), ("is_bound", 6, "tcp", "", 8080)]
+    else:
+        assert error is None and not kernel.named("is_bound")
+
+
+# --- the base -------------------------------------------------------------------------------------------------
+
+def base_written(comments, **keys):
+    """What ADD writes besides the attachment where the base's chains have these comments; no key: no such chain."""
+    kernel = RecordingKernel(comments=lambda chain: comments.get(chain, []), has_chain=lambda chain: chain in comments)
+    error = add(kernel, **keys)
+    if error:
+        raise error
+    return kernel.written[0].removesuffix(ruleset.attach(attachment(PORT, **keys)))
+
+
+@pytest.mark.parametrize("chain", ruleset.BASE)
+def test_base_repaired(chain):
+    """A chain that is missing, empty, from another version, or in another order is made anew, and no other."""
+    comments = base_comments()
+    missing = {name: those for name, those in comments.items() if name != chain}
+    assert base_written(missing) == ruleset.base([chain], (), {13})
+    damaged = [[], comments[chain][:-1], [comment.replace(f"{ruleset.SIGN}{ruleset.VERSION}", f"{ruleset.SIGN}0")
+                                          for comment in comments[chain]],
+               [*reversed(comments[chain])] if len(comments[chain]) > 1 else []]
+    for those in damaged:
+        assert base_written({**comments, chain: those}) == ruleset.base((), [chain], {13})
+
+
+def test_base_of_others():
+    """Rules that somebody added are left in peace, and stop us where the chain would have to be rebuilt."""
+    comments = base_comments()
+    assert base_written({chain: ["", *those, "mine"] for chain, those in comments.items()}) == ""
+    for foreign in "", "mine":
+        with pytest.raises(cni.CniError, match="did not write") as caught:
+            base_written({**comments, "output": [foreign]})
+        assert caught.value.code == 103
+
+
+def test_base_mark_bits():
+    """Another mark bit is one more masquerading rule; those that others asked for stay."""
+    assert base_written(base_comments(), markMasqBit=5) == ruleset.base((), ["postrouting"], {5, 13})
+    assert base_written(base_comments((5, 13)), markMasqBit=5) == ""
+    assert base_written(base_comments((5, 13)), markMasqBit=7) == ruleset.base((), ["postrouting"], {5, 7, 13})
+    assert base_written(base_comments((5, 13)), markMasqBit=5, snat=False) == ""
+
+
+# --- localhost ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ports, keys, v4, v6", [
+    ([{}], {}, True, True), ([{"host_ip": "0.0.0.0"}], {}, True, False), ([{"host_ip": "::"}], {}, False, True),
+    ([{"host_ip": "127.0.0.1"}], {}, True, False), ([{"host_ip": "127.9.9.9"}], {}, True, False),
+    ([{"host_ip": "::1"}], {}, False, True), ([{"host_ip": "192.0.2.1"}, {"host_ip": "fd00::1"}], {}, False, False),
+    ([{"host_ip": "192.0.2.1"}, {"host_ip": "::1", "host_port": 9}], {}, False, True),
+    ([{}], {"snat": False}, False, False), ([{}], {"masqAll": True}, True, True),
+    ([{}], {"localhostIPv6": False}, True, False),
+    ([{}], {"prevResult": {"ips": [{"address": "10.88.0.2/16"}]}}, True, False),
+    ([{}], {"prevResult": {"ips": [{"address": "fd88::2/64"}]}}, False, True)])
+def test_localhost(kernel, ports, keys, v4, v6):
+    """Localhost is opened towards the container only where it is published there, and replies can be masqueraded."""
+    add(kernel, *(mapping(**port) for port in ports), **keys)
+    assert kernel.named("allow_localnet") == [("allow_localnet", "10.88.0.2")] * v4
+    assert kernel.named("allow_localhost6") == [("allow_localhost6", "fd88::2")] * v6
+
+
+def test_localhost6_impossible(capfd):
+    """Where [::1] can't be opened that is one line, and no failure."""
+    assert add(RecordingKernel(allow_localhost6="bridge-nf")) is None
+    assert capfd.readouterr().err == "cni-portmap: published ports do not answer on [::1]: bridge-nf\n"
+
+
+# --- DEL ------------------------------------------------------------------------------------------------------
+
+def test_delete_unknown(kernel):
+    """Nothing of its own: success, without the lock."""
+    portmap.delete("web-1", "eth0", kernel)
+    assert kernel.calls == [("has_chain", CHAIN)]
+
+
+def test_delete():
+    """What leads to the attachment's chain goes, with the chain, in one transaction; nothing of anybody else."""
+    table = {**dict.fromkeys(elements(WEB), CHAIN),
+             ("hostports", ruleset.key_of(attachment(mapping(host_port=9)).ports[0])): OTHER}
+    kernel = RecordingKernel(**holding(table))
+    portmap.delete("web-1", "eth0", kernel)
+    assert kernel.written == [ruleset.detach([CHAIN], elements(WEB))]
+
+
+def test_delete_race():
+    """Whom another call overtook between the look and the lock writes nothing."""
+    there = iter([True, False])
+    kernel = RecordingKernel(has_chain=lambda chain: next(there))
+    portmap.delete("web-1", "eth0", kernel)
+    assert kernel.written == [] and [call[0] for call in kernel.calls][:3] == ["has_chain", "lock", "has_chain"]
+
+
+@pytest.mark.parametrize("keys", [
+    {}, {"prevResult": None}, {"runtimeConfig": None}, {"name": "renamed"}, {"name": None}, {"snat": "nonsense"},
+    {"prevResult": 1}, {"runtimeConfig": {"portMappings": [{"hostPort": -1}]}}, {"markMasqBit": 5}])
+def test_delete_whatever_the_request(keys):
+    """DEL minds neither what the request says nor what it lacks."""
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN)))
+    given = {key: value for key, value in {**configuration(PORT), **keys}.items() if value is not None}
+    environ = {"CNI_CONTAINERID": "web-1", "CNI_IFNAME": "eth0", "CNI_NETNS": ""}
+    assert respond("DEL", given, kernel, environ=environ) == (0, None)
+    assert kernel.written == [ruleset.detach([CHAIN], elements(WEB))]
+
+
+# --- GC -------------------------------------------------------------------------------------------------------
+
+OWNERS = [ruleset.Owner("c/a/eth0", "net=lab"), ruleset.Owner("c/a/eth1", "net=lab"),
+          ruleset.Owner("c/b/eth0", "net=lab"), ruleset.Owner("c/c/eth0", "net=x"), ruleset.Owner("c/d/eth0", "")]
+
+
+@pytest.mark.parametrize("valid, removed", [
+    ({("a", "eth0"), ("a", "eth1"), ("b", "eth0")}, []), ({("a", "eth0")}, ["c/a/eth1", "c/b/eth0"]),
+    (set(), ["c/a/eth0", "c/a/eth1", "c/b/eth0"]),
+    ({("c", "eth0"), ("a", "eth2")}, ["c/a/eth0", "c/a/eth1", "c/b/eth0"])])
+def test_gc(valid, removed):
+    """What this network's attachments left behind goes; other networks' and unknown owners' stay."""
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True)
+    portmap.gc("lab", valid, kernel)
+    assert kernel.written == ([ruleset.detach(removed, [])] if removed else [])
+
+
+def test_gc_goes_on():
+    """An attachment that can't be removed doesn't keep the others; all failures are reported."""
+    def transact(text):
+        if "c/a/eth" in text:
+            raise cni.CniError(100, "refused")
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, transact=transact)
+    with pytest.raises(cni.CniError) as caught:
+        portmap.gc("lab", set(), kernel)
+    assert caught.value.code == 100 and "2" in caught.value.args[0] and caught.value.details.count("refused") == 2
+    assert kernel.written[-1] == ruleset.detach(["c/b/eth0"], [])
+
+
+@pytest.mark.parametrize("keys, touched", [({}, False), ({"cni.dev/valid-attachments": None}, False),
+                                           ({"cni.dev/valid-attachments": []}, True)])
+def test_gc_absent_list(keys, touched):
+    """Without a list nothing is even read."""
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True)
+    assert respond("GC", configuration(**keys), kernel, environ={}) == (0, None)
+    assert bool(kernel.calls) == touched == bool(kernel.written)
+
+
+# --- STATUS ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answers", [{}, INTACT])
+def test_status(answers):
+    """STATUS asks for a dry run of the base, with an intact base too, and writes nothing."""
+    kernel = RecordingKernel(**answers)
+    assert respond("STATUS", configuration(prevResult=None), kernel, environ={}) == (0, None)
+    assert len(kernel.named("dry_run")) == 1 and kernel.written == [] and "add chain" in kernel.named("dry_run")[0][1]
+
+
+@pytest.mark.parametrize("answers", [{"dry_run": "Operation not permitted"}, {"fails_at": 1},
+                                     {**INTACT, "comments": [""]}])
+def test_status_not_available(answers):
+    """Whatever would make ADD fail is code 50, with the reason."""
+    kernel = RecordingKernel(**answers)
+    status, document = respond("STATUS", configuration(prevResult=None), kernel, environ={})
+    assert (status, document["code"]) == (1, 50) and document["msg"] and kernel.written == []
+
+
+# --- CHECK ----------------------------------------------------------------------------------------------------
+
+HOOK = (b"hook", b"policy", b"type")
+
+
+def intact(**answers):
+    """A kernel that has WEB as it should be: a picture is a hook, then rules, here by their numbers."""
+    def picture(chain):
+        return [HOOK, *range(len([*ruleset.rules_of(WEB)] if chain == CHAIN else ruleset.base_rules(chain, {13})))]
+    mirror = RecordingKernel(picture=picture)
+    kernel = RecordingKernel(**{**holding(dict.fromkeys(elements(WEB), CHAIN)), "picture": picture, "references": 2,
+                                "mirror": mirror, **answers})
+    kernel.answers["mirror"] = lambda: mirror
+    return kernel, mirror, picture
+
+
+def check(kernel, *ports):
+    try:
+        portmap.check(attachment(*ports or [PORT]), kernel)
+    except cni.CniError as error:
+        return error
+    return None
+
+
+def test_check():
+    """What ADD would have written is written elsewhere, and is what is there; nothing is written here."""
+    kernel, mirror, _ = intact()
+    assert check(kernel) is None
+    assert kernel.written == [] and mirror.written == [BASE + ruleset.attach(WEB)]
+    reads = [call[0] for call in kernel.calls]
+    assert reads.index("lock") < reads.index("lookup") and reads[-2:] == ["unlock", "mirror"]
+
+
+def test_check_foreign_rules():
+    """Rules of others, before, between and after ours, don't matter."""
+    kernel, _, picture = intact()
+    kernel.answers["picture"] = lambda chain: [HOOK, "mine",
+                                               *(each for rule in picture(chain)[1:] for each in (rule, "mine"))]
+    assert check(kernel) is None
+
+
+CHAINS = [*ruleset.BASE, CHAIN]
+
+
+@pytest.mark.parametrize("chain, damage, word", [
+    *((chain, lambda picture: [], "is missing") for chain in CHAINS),
+    *((chain, lambda picture: [(b"", *HOOK[1:]), *picture[1:]], "not hooked") for chain in ruleset.BASE),
+    *((chain, lambda picture: picture[:-1], "missing or altered") for chain in CHAINS),
+    *((chain, lambda picture: [*picture[:-1], "altered"], "missing or altered") for chain in CHAINS),
+    *((chain, lambda picture: [HOOK, *reversed(picture[1:])], "missing or altered")
+      for chain in ["dispatch", "guard", CHAIN])])
+def test_check_damage(chain, damage, word):
+    """A chain that is missing, hooked elsewhere, or lacks a rule is named, with the rule that should be there."""
+    kernel, _, picture = intact()
+    kernel.answers["picture"] = lambda name: damage(picture(name)) if name == chain else picture(name)
+    error = check(kernel)
+    assert error.code == 104 and f"chain {chain} " in error.args[0].replace(":", " ") and word in error.args[0]
+    if word == "missing or altered":
+        rules = [f'{rule} comment "{comment}"' for rule, comment in ruleset.base_rules(chain, {13})] \
+            if chain != CHAIN else [*ruleset.rules_of(WEB)]
+        assert error.details in (rules[1:] or rules)
+
+
+@pytest.mark.parametrize("answers, words", [
+    ({"lookup": {}}, ["tcp port 8080 on 0.0.0.0", "nothing", "ipv4 . tcp . 8080"]),
+    ({"lookup": dict.fromkeys(elements(WEB), OTHER)}, ["tcp port 8080", OTHER]), ({"references": 3}, [CHAIN, "more"]),
+    ({"references": 1}, [CHAIN]), ({"is_dormant": True}, ["dormant"])])
+def test_check_maps(answers, words):
+    """A port that leads nowhere or elsewhere, an element too many, a table that sleeps: each is named."""
+    kernel, *_ = intact(**answers)
+    error = check(kernel)
+    assert error.code == 104 and all(word in error.args[0] for word in words)
+
+
+def test_check_own_other_interface():
+    """A port that leads to this container through another interface is as ADD left it."""
+    kernel, *_ = intact(lookup=dict(zip(elements(WEB), [CHAIN, "c/web-1/eth1"])), references=1)
+    assert check(kernel) is None
+
+
+@pytest.mark.parametrize("container_id, home", [("a" * 64, False), (HASHED["CNI_CONTAINERID"], True)])
+def test_check_hashed_name(container_id, home):
+    """Whose chain a port leads to is what its record says, not how its name begins."""
+    found = attachment(PORT, environ={**HASHED, "CNI_CONTAINERID": container_id, "CNI_IFNAME": "eth0"},
+                       prevResult=UNBOUND)
+    theirs = attachment(PORT, environ=HASHED, prevResult=UNBOUND)
+    chain = ruleset.chain_of(theirs.container_id, theirs.ifname)
+    kernel, mirror, _ = intact(lookup=dict.fromkeys(elements(found), chain), references=0, picture=[HOOK],
+                               owner=ruleset.Owner(chain, "".join(ruleset.record_of(theirs))))
+    mirror.answers["picture"] = [HOOK]
+    with contextlib.nullcontext() if home else pytest.raises(cni.CniError, match="does not lead to the container"):
+        portmap.check(found, kernel)
+
+
+def test_check_no_ports():
+    """Without ports there is nothing to compare."""
+    assert respond("CHECK", configuration()) == (0, None)
+
+
+# --- stale connections ----------------------------------------------------------------------------------------
+
+def flow(destination, port, target):
+    packed = [socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip) for ip in (destination, target)]
+    return types.SimpleNamespace(family=6 if ":" in destination else 4, destination=packed[0], port=port,
+                                 target=packed[1])
+
+
+def pack(*ips):
+    return {flow(ip, 0, ip).target for ip in ips}
+
+
+LOCAL = {"local_addresses": pack("192.0.2.1", "127.0.0.1", "fd00::1", "::1")}
+
+
+def test_forget_after_add():
+    """After ADD the flows of udp and sctp that still go elsewhere are forgotten, once for each; tcp's are new flows."""
+    kernel = RecordingKernel(**LOCAL)
+    add(kernel, PORT, mapping(protocol="udp"), mapping(protocol="sctp"), mapping(protocol="udp", host_port=53))
+    assert [call[1] for call in kernel.named("forget")] == [17, 132]
+
+
+@pytest.mark.parametrize("found, stale", [
+    (flow("192.0.2.1", 8080, "192.0.2.1"), True), (flow("192.0.2.1", 8080, "10.88.0.9"), True),
+    (flow("127.0.0.1", 8080, "127.0.0.1"), True), (flow("192.0.2.1", 8080, "10.88.0.2"), False),
+    (flow("192.0.2.1", 8081, "10.88.0.9"), False), (flow("198.51.100.7", 8080, "198.51.100.7"), False),
+    (flow("fd00::1", 8080, "fd00::1"), True), (flow("fd00::1", 8080, "fd88::2"), False),
+    (flow("2001:db8::1", 8080, "2001:db8::1"), False)])
+def test_stale_after_add(found, stale):
+    """Stale is what asks this host for the port and is answered by anybody but the container."""
+    kernel = RecordingKernel(**LOCAL)
+    add(kernel, mapping(protocol="udp"))
+    [(_, _, filters, is_stale)] = kernel.named("forget")
+    assert is_stale(found) == stale
+    assert sorted(filters()) == sorted((4 if len(ip) == 4 else 6, 8080, ip, b"") for ip in LOCAL["local_addresses"])
+
+
+@pytest.mark.parametrize("found, stale", [
+    (flow("192.0.2.1", 8080, "10.88.0.9"), True), (flow("192.0.2.9", 8080, "10.88.0.9"), False),
+    (flow("127.0.0.1", 8080, "10.88.0.9"), False)])
+def test_stale_after_add_on_one_address(found, stale):
+    """Published on one address, other addresses' live flows are spared."""
+    kernel = RecordingKernel(**LOCAL)
+    add(kernel, mapping("192.0.2.1", "udp"))
+    [(_, protocol, filters, is_stale)] = kernel.named("forget")
+    assert (protocol, is_stale(found), filters()) == (17, stale, [(4, 8080, *pack("192.0.2.1"), b"")])
+
+
+@pytest.mark.parametrize("found, stale", [
+    (flow("192.0.2.1", 8080, "10.88.0.2"), True), (flow("127.0.0.1", 8080, "10.88.0.2"), True),
+    (flow("192.0.2.1", 8080, "10.88.0.9"), False), (flow("192.0.2.1", 8081, "10.88.0.2"), False),
+    (flow("192.0.2.1", 53, "10.88.0.2"), True), (flow("192.0.2.9", 53, "10.88.0.2"), False)])
+def test_stale_after_delete(found, stale):
+    """After DEL the flows to what it published, answered by its container, are forgotten; of every protocol."""
+    table = dict.fromkeys([elements(attachment(PORT))[0], *elements(attachment(mapping("192.0.2.1", host_port=53)))],
+                          CHAIN)
+    kernel = RecordingKernel(**holding(table, targets={CHAIN: pack("10.88.0.2")}))
+    portmap.delete("web-1", "eth0", kernel)
+    [(_, protocol, filters, is_stale)] = kernel.named("forget")
+    target = pack("10.88.0.2").pop()
+    assert (protocol, is_stale(found)) == (6, stale)
+    assert sorted(filters()) == sorted([(4, 8080, b"", target), (4, 53, *pack("192.0.2.1"), target)])
+    order = [call[0] for call in kernel.calls]
+    assert order.index("unlock") < order.index("forget")
+
+
+def test_forget_after_replacement():
+    """A repeated ADD forgets the flows to what it does not publish any more, and spares the others."""
+    old = dict.fromkeys(elements(attachment(PORT, mapping(host_port=9))), CHAIN)
+    kernel = RecordingKernel(**holding(old, targets={CHAIN: pack("10.88.0.2", "fd88::2")}))
+    add(kernel, PORT)
+    [(_, protocol, _, is_stale)] = kernel.named("forget")
+    assert protocol == 6
+    assert [is_stale(flow("192.0.2.1", port, "10.88.0.2")) for port in (9, 8080)] == [True, False]
+
+
+# --- after a firewall's reload --------------------------------------------------------------------------------
+
+def other(name, *ports, ifname="eth0"):
+    return attachment(*ports or [PORT], environ={"CNI_CONTAINERID": name, "CNI_NETNS": f"/run/netns/{name}",
+                                                 "CNI_IFNAME": ifname},
+                      prevResult=UNBOUND)
+
+
+def test_restore(kernel):
+    """What the kernel has lost is written again in one transaction, the base included, and localhost is opened."""
+    second = other("second", mapping(host_port=9))
+    assert portmap.restore([WEB, second], kernel) == ([WEB, second], [])
+    assert kernel.written == [BASE + ruleset.attach(WEB) + ruleset.attach(second)]
+    assert len(kernel.named("allow_localnet")) == 2 and kernel.calls[0] == ("lock",)
+
+
+def test_restore_dry_run(kernel):
+    """A dry run says the same, and writes nothing."""
+    assert portmap.restore([WEB], kernel, dry_run=True) == ([WEB], [])
+    assert not kernel.named("transact", "allow_localnet", "allow_localhost6")
+
+
+def test_restore_nothing_lost():
+    """What is there is left alone."""
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN)))
+    kernel.answers["comments"] = lambda chain: base_comments().get(chain) or [""] * len([*ruleset.rules_of(WEB)])
+    assert portmap.restore([WEB], kernel) == ([], []) and kernel.written == []
+
+
+@pytest.mark.parametrize("ours, theirs, conflict", OVERLAPS)
+def test_restore_conflict(kernel, ours, theirs, conflict):
+    """Of two that claim one port the first gets it, and the second is reported with the owner's name."""
+    first, second = other("first", mapping(**theirs)), other("second", mapping(**ours))
+    restored, refused = portmap.restore([first, second], kernel)
+    assert restored == ([first] if conflict else [first, second])
+    assert [(each, error.code) for each, error in refused] == [(second, 101)] * conflict
+    assert len(kernel.written) == 1 and all("container first" in error.args[0] for _, error in refused)
+
+
+def test_restore_two_interfaces(kernel):
+    """Both interfaces of one container come back; the port leads to the first, as ADD left it."""
+    first, second = other("web-1"), other("web-1", ifname="eth1")
+    assert portmap.restore([first, second], kernel) == ([first, second], [])
+    both = ruleset.attach(first) + ruleset.attach(second, elements(second))
+    assert kernel.written == [BASE + both + ruleset.stand_by(CHAIN, "eth1")]
+
+
+def test_restore_keeps_notes():
+    """A chain that is mended still notes who stands by."""
+    kernel = RecordingKernel(**noted(["eth1"]))
+    kernel.answers["comments"] = lambda chain: {**base_comments(), CHAIN: ["net=lab", "also on eth1"]}.get(chain, [])
+    portmap.restore([WEB], kernel)
+    assert ruleset.stand_by(CHAIN, "eth1") in kernel.written[0]
+
+
+def test_restore_twice_remembered(kernel):
+    """An attachment that two folders remember is written once."""
+    portmap.restore([WEB, attachment(PORT)], kernel)
+    assert kernel.written == [BASE + ruleset.attach(WEB)]
+
+
+# --- failures -------------------------------------------------------------------------------------------------
+
+FULL = dict.fromkeys(elements(WEB), CHAIN)
+DEAD = dict.fromkeys(elements(WEB), OTHER)
+UDP = configuration(PORT, mapping(protocol="udp"), hostPortInUse="refuse", conditionsV4=["ct state new"])
+FAULTS = {"first-add": ("ADD", UDP, {}), "add": ("ADD", UDP, INTACT), "add-again": ("ADD", UDP, holding(FULL)),
+          "takeover": ("ADD", UDP, holding(DEAD, is_dead=True)), "del": ("DEL", configuration(), holding(FULL)),
+          "check": ("CHECK", configuration(PORT), "intact"), "status": ("STATUS", configuration(), INTACT),
+          "gc": ("GC", configuration(**{"cni.dev/valid-attachments": []}),
+                 {**holding(FULL), "owners": OWNERS, "has_chain": True})}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_call_fails(name):
+    """Whichever call fails, the answer is one error; written is nothing, or all in one piece; the lock is free."""
+    verb, given, answers = FAULTS[name]
+
+    def run(fails_at=0):
+        kernel = intact()[0] if answers == "intact" else RecordingKernel(**answers)
+        kernel.fails_at = fails_at
+        return kernel, *respond(verb, given, kernel)
+
+    whole, status, _ = run()
+    assert status == 0 and len(whole.calls) >= 3
+    for fails_at, call in enumerate(whole.calls, 1):
+        kernel, status, document = run(fails_at)
+        if call == ("unlock",) or verb == "GC" and status == 0:  # GC goes on, one by one
+            continue
+        assert (status, document["code"]) == (1, 50 if verb == "STATUS" else 5), document
+        assert kernel.written == (whole.written if "transact" in [call[0] for call in whole.calls[:fails_at]] else [])
+        assert not kernel.named("lock") or kernel.calls[-1][0] in ("lock", "unlock", "forget", "mirror")
+
+
+@pytest.mark.parametrize("fails", ["transact", "forget"])
+def test_retry_after_commit(fails):
+    """Where ADD failed in or after its transaction, the next one replaces what it may have left."""
+    first = RecordingKernel()
+    second = RecordingKernel(**holding(FULL))
+    first.answers[fails] = lambda *_: (_ for _ in ()).throw(cni.CniError(5, "failed"))
+    assert add(first, mapping(protocol="udp")) is not None
+    assert add(second) is None
+    assert second.written == [ruleset.detach([CHAIN], FULL) + ruleset.attach(WEB)]
+
+
+def test_recording_kernel_is_honest():
+    """The stand-in has no method that the kernel lacks, and takes no argument that it doesn't."""
+    kernel = RecordingKernel()
+    with pytest.raises(AttributeError):
+        kernel.no_such_method()
+    with pytest.raises(TypeError):
+        kernel.has_chain()
+    assert all(hasattr(portmap.ruleset, name)
+               for name in ("BASE", "MAPS")) and config.DEFAULT_MARK_BIT == 13 and WEB.inode == INODE

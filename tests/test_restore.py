@@ -1,0 +1,77 @@
+"""What libcni remembers: which cache files lead to a live attachment, and that no other breaks anything."""
+import base64
+import json
+import os
+
+import pytest
+from helpers import CHAIN, PORT, PREV_RESULT
+
+from cni_portmap import restore, ruleset
+from cni_portmap.config import Attachment
+
+NETNS = "/proc/self/ns/net"
+CONFLIST = {"cniVersion": "1.0.0", "name": "lab",
+            "plugins": [{"type": "bridge"}, {"type": "portmap", "snat": False, "capabilities": {"portMappings": True}}]}
+CACHE = {"kind": "cniCacheV1", "containerId": "web-1", "config": CONFLIST, "ifName": "eth0", "networkName": "lab",
+         "netns": NETNS, "capabilityArgs": {"portMappings": [PORT]}, "result": PREV_RESULT}
+
+
+def write(folder, name="results", raw=None, **changes):
+    found = {key: value for key, value in {**CACHE, **changes}.items() if value is not None}
+    if type(found.get("config")) is dict:
+        found["config"] = base64.b64encode(json.dumps(found["config"]).encode()).decode()
+    path = folder / name
+    path.write_bytes(json.dumps(found).encode() if raw is None else raw)
+    return path
+
+
+def read(folder):
+    return [found for _, found in restore.remembered([folder, folder / "none"])]
+
+
+def test_remembered(tmp_path):
+    """A live attachment comes back as ADD had parsed it, with its namespace's inode."""
+    write(tmp_path)
+    [found] = read(tmp_path)
+    assert ruleset.chain_of(found.container_id,
+                            found.ifname) == CHAIN and len(found.ports) == 2 and found.mark_bit is None
+    assert (found.network, found.netns, found.inode) == ("lab", NETNS, os.stat(NETNS).st_ino)
+
+
+@pytest.mark.parametrize("changes", [
+    {"netns": None, "result": {**PREV_RESULT, "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": NETNS}]}},
+    {"networkName": None}, {"config": {"cniVersion": "1.0.0", "name": "lab", **CONFLIST["plugins"][-1]}},
+    {"config": {**CONFLIST, "cniVersion": ""}}, {"config": {"name": "lab", "plugins": CONFLIST["plugins"]}},
+    {"unknown": 1}])
+def test_variants(tmp_path, changes):
+    """Older libcni has no netns in its files; a configuration may be no list, and have no version."""
+    write(tmp_path, **changes)
+    [found] = read(tmp_path)
+    assert isinstance(found, Attachment) and found.netns == NETNS
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"netns": "/run/netns/gone"}, "is gone"), ({"netns": "/"}, "is gone"), ({"netns": "/proc/self/status"}, "is gone"),
+    ({"netns": "\0"}, "is gone"), ({"netns": None}, "is gone"), ({"kind": "x"}, "not a file of libcni"),
+    ({"capabilityArgs": None}, "publishes nothing"), ({"capabilityArgs": {"portMappings": []}}, "publishes nothing"),
+    ({"config": {**CONFLIST, "plugins": [{"type": "bridge"}]}}, "publishes nothing"),
+    ({"config": "%%"}, "not a file of libcni"), ({"config": 1}, "not a file of libcni"),
+    ({"result": None}, "not a file of libcni"), ({"ifName": None}, "not a file"),
+    ({"containerId": None}, "not a file of libcni"), ({"result": []}, "prevResult"), ({"raw": b""}, "not a file"),
+    ({"raw": b"\xff"}, "not a file"), ({"raw": b"[]"}, "not a file"), ({"raw": b"null"}, "not a file"),
+    ({"capabilityArgs": {"portMappings": [{"hostPort": 0}]}}, "hostPort"), ({"containerId": "a; flush ruleset"}, ""),
+    ({"containerId": "a\nb"}, ""), ({"ifName": "eth0; x", "result": {"ips": [{"address": "10.88.0.2/16"}]}}, ""),
+    ({"networkName": "a b"}, "name"), ({"containerId": 1}, ""), ({"raw": b"[" * 100_000}, "")])
+def test_skipped(tmp_path, changes, reason):
+    """What leads to no live attachment is skipped with its reason; nothing that isn't a name reaches nft."""
+    write(tmp_path, **changes)
+    [found] = read(tmp_path)
+    assert isinstance(found, restore.Skipped) and reason in str(found)
+
+
+def test_order(tmp_path):
+    """The oldest comes first: it had the port."""
+    for name, time in ("b", 1), ("a", 2), ("c", 2):
+        os.utime(write(tmp_path, name, containerId=name), (time, time))
+    (tmp_path / "folder").mkdir()
+    assert [found.container_id for found in read(tmp_path)] == ["b", "a", "c"]

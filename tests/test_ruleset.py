@@ -1,0 +1,298 @@
+"""The nft text that we send, as goldens; the names and records in it; and that nothing can break out of it.
+
+Goldens are rewritten by UPDATE_GOLDENS=1 /usr/bin/python3 -m pytest tests/test_ruleset.py; then read the difference.
+Each is one transaction. `base` loads into an empty kernel; after it `repair` and each attach-*; after attach-dual-stack
+`detach`, `replace` and `second-interface`; after that `inherit`.
+"""
+import hashlib
+import os
+import pathlib
+import re
+import socket
+import types
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from helpers import CHAIN, PORT, VARIABLES, RecordingKernel, attachment, configuration, elements, respond
+
+from cni_portmap import config, netlink, ruleset
+
+GOLDENS = pathlib.Path(__file__).with_name("goldens")
+
+
+def port(host, container, protocol="tcp", ip=""):
+    return {"hostPort": host, "containerPort": container, "protocol": protocol, "hostIP": ip}
+
+
+def attach(*ports, **keys):
+    return ruleset.attach(attachment(*ports, **keys))
+
+
+WEB = attachment(PORT)
+ONLY = {4: {"prevResult": {"ips": [{"address": "10.88.0.2/16"}]}},
+        6: {"prevResult": {"ips": [{"address": "fd88::2/64"}]}}}
+SECOND = attachment(PORT, environ={**VARIABLES, "CNI_IFNAME": "eth1"},
+                    prevResult={"ips": [{"address": "10.99.0.2/16"}, {"address": "fd99::2/64"}]})
+LONG = {"CNI_CONTAINERID": "a" * 300, "CNI_NETNS": '/run/netns/a "b"; c\n#é', "CNI_IFNAME": "e@b+c~d=e,f"}
+
+CASES = {
+    "base": lambda: ruleset.base(ruleset.BASE, (), {13}),
+    "repair": lambda: ruleset.base(["guard"], ["dispatch", "output", "postrouting"], {13, 5}),
+    "attach-dual-stack": lambda: ruleset.attach(WEB),
+    "attach-ipv4-only": lambda: attach(PORT, **ONLY[4]),
+    "attach-ipv6-only": lambda: attach(PORT, **ONLY[6]),
+    "attach-host-ip": lambda: attach(port(8080, 80, ip="192.0.2.1"), port(8080, 81, ip="127.0.0.1"),
+                                     port(8080, 80, ip="::1"), port(53, 53, "udp", "0.0.0.0")),
+    "attach-protocols": lambda: attach(*(port(8080, 80, protocol) for protocol in config.PROTOCOLS)),
+    "attach-identity-range": lambda: attach(*(port(n, n, "udp", "0.0.0.0")
+                                              for n in [9003, 9000, 9001, 9002, 9010, 65535, 65534])),
+    "attach-shifted-few": lambda: attach(*(port(8000 + n, 80 + n) for n in range(8)), **ONLY[4]),
+    "attach-shifted-many": lambda: attach(*(port(8000 + n, 80 + n) for n in range(9)), port(443, 443)),
+    "attach-no-snat": lambda: attach(PORT, snat=False),
+    "attach-masq-all": lambda: attach(PORT, masqAll=True),
+    "attach-mark-bit": lambda: attach(PORT, markMasqBit=31),
+    "attach-conditions": lambda: attach(port(8080, 80), port(9000, 9000),
+                                        conditionsV4=["ip saddr { 10.0.0.0/8, 192.0.2.7 }", 'iifname != "eth*"'],
+                                        conditionsV6=["-s fd00::/8"]),
+    "attach-long-names": lambda: attach(PORT, environ=LONG, name="n" * 123, **ONLY[4]),
+    # the first comment ends with a space
+    "detach": lambda: ruleset.detach([CHAIN], elements(WEB)),
+    "second-interface": lambda: ruleset.attach(SECOND, elements(WEB)) + ruleset.stand_by(CHAIN, "eth1"),
+    "inherit": lambda: ruleset.detach([CHAIN], elements(WEB)) + ruleset.lead(elements(WEB), "c/web-1/eth1"),
+    "replace": lambda: ruleset.detach([CHAIN], elements(WEB)) + attach(PORT, port(8443, 443)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name):
+    """What we send is what it was, or somebody has read the difference."""
+    path, text = GOLDENS / f"{name}.nft", CASES[name]()
+    if os.environ.get("UPDATE_GOLDENS"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_goldens_are_used():
+    """No golden is left over."""
+    assert {path.name for path in GOLDENS.iterdir()} == {f"{name}.nft" for name in CASES}
+
+
+def test_version():
+    """Whoever changes what is shared raises VERSION, or hosts keep the old base: add the new number and hash here."""
+    text = ruleset.base(ruleset.BASE, (), range(32)).replace(f"{ruleset.SIGN}{ruleset.VERSION}: ", "")
+    assert {ruleset.VERSION: hashlib.sha256(text.encode()).hexdigest()[:16]} == {1: "34ea348f0027e108"}
+
+
+def test_repair_keeps_attachments():
+    """Whatever is repaired, no attachment's chain, no map and not the table is flushed or deleted."""
+    for chain in ruleset.BASE:
+        removed = [line for line in ruleset.base((), [chain], {13}).splitlines() if not line.startswith("add ")]
+        assert removed == [f"{'flush' if chain == 'dispatch' else 'delete'} chain inet cni_portmap {chain}"]
+
+
+def test_mark_bits():
+    """The mark bits of a `postrouting` chain are read back from its comments, which others may have written too."""
+    for bits in set(), {13}, {0, 3, 13, 30, 31}:
+        assert ruleset.bits_of(comment for _, comment in ruleset.base_rules("postrouting", bits)) == bits
+    assert ruleset.bits_of(["", "markMasqBit", "cni-portmap 0: markMasqBit 5", "markMasqBit x", "mine"]) == {5}
+
+
+# --- map elements ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mapping, name, text", [
+    (port(8080, 80), "hostports", "ipv4 . tcp . 8080"), (port(1, 80, "udp", "::"), "hostports", "ipv6 . udp . 1"),
+    (port(65535, 80, "sctp", "192.0.2.1"), "hostip4_hostports", "192.0.2.1 . sctp . 65535"),
+    (port(256, 80, ip="2001:DB8::1"), "hostip6_hostports", "2001:db8::1 . tcp . 256")])
+def test_element(mapping, name, text):
+    """A port's key, as bytes for the kernel and as text for nft."""
+    found = attachment(mapping).ports[0]
+    assert (ruleset.map_of(found), ruleset.element_of(name, ruleset.key_of(found))) == (name, text)
+    assert len(ruleset.key_of(found)) == {"hostports": 12, "hostip4_hostports": 12, "hostip6_hostports": 24}[name]
+
+
+IPS = {4: st.just("") | st.ip_addresses(v=4).map(str),
+       6: st.just("") | st.ip_addresses(v=6).map(lambda ip: socket.inet_ntop(socket.AF_INET6, ip.packed))}
+PORT_OBJECTS = st.sampled_from([4, 6]).flatmap(lambda family: st.builds(
+    config.Port, st.just(family), st.sampled_from(config.PROTOCOLS), IPS[family], st.integers(1, 65535),
+    st.integers(1, 65535)))
+
+
+@hypothesis.given(PORT_OBJECTS)
+def test_element_round_trip(found):
+    """What a key says is what the port was, and its wildcard differs in the address alone."""
+    element = name, key = ruleset.map_of(found), ruleset.key_of(found)
+    packed = socket.inet_pton(socket.AF_INET if found.family == 4 else socket.AF_INET6,
+                              found.host_ip) if found.host_ip else b""
+    number = ruleset.PROTOCOL_NUMBERS[found.protocol]
+    assert ruleset.claim_of(element) == (found.family, number, packed, found.host_port)
+    assert ruleset.claim_of(ruleset.wildcard_of(found)) == (found.family, number, b"", found.host_port)
+    first = found.host_ip or f"ipv{found.family}"
+    assert ruleset.element_of(name, key) == f"{first} . {found.protocol} . {found.host_port}"
+
+
+@hypothesis.given(st.sampled_from(list(ruleset.MAPS)), st.binary(min_size=12, max_size=12))
+def test_foreign_element(name, key):
+    """The key of an element that somebody else wrote has a text too."""
+    key = key if name != "hostip6_hostports" else bytes(12) + key
+    assert ruleset.element_of(name, key).count(" . ") == 2
+    assert ruleset.element_of("hostports", bytes((7, 0, 0, 0, 99, 0, 0, 0, 1, 0, 0, 0))) == "7 . 99 . 256"
+
+
+@hypothesis.given(PORT_OBJECTS)
+def test_elements_of_rule(found):
+    """The element of a port is among those that may lead to the rule that its attachment has for it."""
+    packed = ruleset.key_of(found)[:-8] if found.host_ip else b""
+    rule = types.SimpleNamespace(target=bytes(4 if found.family == 4 else 16), daddr=packed,
+                                 ports={found.host_port: 80}, protocol=ruleset.PROTOCOL_NUMBERS[found.protocol])
+    assert {*ruleset.elements_of(rule)} == {(ruleset.map_of(found), ruleset.key_of(found)), ruleset.wildcard_of(found)}
+
+
+# --- names and records ----------------------------------------------------------------------------------------
+
+IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,20}", fullmatch=True) | st.integers(60, 400).map("a".__mul__)
+IFNAMES = st.text(alphabet="ab0_.-@+~=,", min_size=1, max_size=15).filter(lambda name: name not in (".", ".."))
+PATHS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=80)
+OWNERS = st.builds(config.Attachment, IDS, IFNAMES, IDS, PATHS, st.integers(0, 2 ** 32))
+
+
+@hypothesis.given(OWNERS)
+def test_record_round_trip(owner):
+    """Owner and record come back whole, whatever the path of the network namespace holds, and fit the kernel."""
+    chain, record = ruleset.chain_of(owner.container_id, owner.ifname), ruleset.record_of(owner)
+    assert re.fullmatch(r"c/[A-Za-z0-9/_.\-]{1,253}", chain)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\-/:@+,~%=# ]{1,128}", comment) for comment in record)
+    found = ruleset.Owner(chain, "".join(record))
+    assert [getattr(found, name) for name in ("container_id", "ifname", "network", "netns", "inode")] == \
+        [getattr(owner, name) for name in ("container_id", "ifname", "network", "netns", "inode")]
+
+
+@pytest.mark.parametrize("comments, expected", [
+    ([], ""), ([""], ""), (["a", "", "b"], "a"), (["a", "b", ""], "ab")])
+def test_record_of_chain(comments, expected):
+    """The record is the comments up to the first rule without one."""
+    from cni_portmap import kernel
+    assert kernel._record(comments) == expected
+
+
+@pytest.mark.parametrize("chain, record", [
+    *((chain, "net=a netns=/n#1") for chain in ["c", "c/", "c//", "c/a/b/c", "other"]),
+    *((CHAIN, record) for record in ["", " ", "net", "net=", "netns", "netns=/a", "netns=/a#x", "netns=/a#-1",
+                                     "netns=/a#\u00b2", "netns=%zz#1", "netns=%#1",
+                                     "netns=%4#1", "id= if=", "netns=%ff#1", "net=a net=b", "\ufffd=\ufffd"])])
+def test_foreign_record(chain, record):
+    """A record that somebody else wrote names an owner all the same, one of unknown parts."""
+    owner = ruleset.Owner(chain, record)
+    assert owner.chain == chain and type(owner.inode) is int and str(owner)
+    assert "%zz" not in record or owner.netns == "%zz"
+
+
+def test_chain_name_length():
+    """A name is hashed where the kernel can't hold it (255 bytes), and not before."""
+    for length, hashed in (248, False), (249, True):
+        assert ("/hash/" in ruleset.chain_of("a" * length, "eth0")) == hashed
+
+
+def test_chain_names_differ():
+    """Two attachments never share a chain, however long or alike their names are."""
+    names = [("a", "b"), ("a", "b@"), ("a", "b+"), ("a" * 64, "b@"), ("a" * 65, "b@"), ("a" * 300, "b"),
+             ("a" * 301, "b"), ("a" * 300, "c"), ("a-b", "c"), ("a", "hash"), ("a" * 64, "hash")]
+    assert len({ruleset.chain_of(*name) for name in names}) == len(names)
+
+
+@hypothesis.given(st.lists(IFNAMES), st.lists(st.text(max_size=10)))
+def test_stand_by_round_trip(ifnames, others):
+    """Who stands by is read back from the comments of a chain, among others."""
+    notes = [re.fullmatch(r'add rule inet cni_portmap c continue comment "([^"\\]{1,128})"\n',
+                          ruleset.stand_by("c", ifname))[1] for ifname in ifnames]
+    assert ruleset.standing_by([*(other for other in others if not other.startswith("also on ")), *notes]) == ifnames
+
+
+# --- nothing breaks out ---------------------------------------------------------------------------------------
+
+ADDRESS = r"(?:[0-9.]+|[0-9a-f:.]+)"
+NAME = r"c/[A-Za-z0-9/_.\-]+"
+CONDITION_WORDS = ["ip", "ip6", "saddr", "daddr", "10.0.0.0/8", "fd00::/8", "!=", "{ 1.2.3.4, 1.2.3.5 }",
+                   'iifname "eth*"', "@trusted", "ct state new"]
+WORD = "|".join(map(re.escape, CONDITION_WORDS))
+PROTOCOL = "(?:tcp|udp|sctp)"
+MATCH = rf"(?:meta nfproto ipv[46]|ip6? daddr {ADDRESS})(?: (?:{WORD}))* {PROTOCOL} dport"
+PAIRS = r"\{ \d+(?: : \d+)?(?:, \d+(?: : \d+)?)* \}"
+RULE = "|".join([
+    r'(?:counter|continue) comment "[A-Za-z0-9_.\-/:@+,~%=# ]{1,128}"',
+    rf"(?:ip6? saddr {ADDRESS}(?:/\d+)? )?meta mark set meta mark \| 0x[0-9a-f]+",
+    rf"{MATCH} (?:\d+|\d+-\d+) counter dnat ip6? to (?:[0-9.]+(?::\d+)?|\[[0-9a-f:.]+\]:\d+|[0-9a-f:.]+)",
+    rf"{MATCH} {PAIRS} counter dnat ip6? to (?:[0-9.]+|\[[0-9a-f:.]+\]):{PROTOCOL} dport map {PAIRS}"])
+ELEMENT = rf"(?:ipv4|ipv6|{ADDRESS}) \. {PROTOCOL} \. \d+ : goto {NAME}"
+LINE = rf"create chain inet cni_portmap {NAME}|add rule inet cni_portmap {NAME} (?:{RULE})|" \
+       rf"create element inet cni_portmap (?:hostports|hostip[46]_hostports) \{{ {ELEMENT}(?:, {ELEMENT})* \}}"
+
+FAMILIES = st.sampled_from([["10.88.0.2/16", "fd88::2/64"], ["10.88.0.2/32"], ["fd88::2/128"],
+                            ["::ffff:10.0.0.1/104", "fd88::/0"]])
+MAPPINGS = st.lists(st.builds(port, st.integers(1, 65535), st.integers(1, 65535),
+                              st.sampled_from(["tcp", "UDP", "sctp", ""]), IPS[4] | IPS[6]),
+                    max_size=20, unique_by=lambda mapping: mapping["hostPort"])
+CONDITIONS = st.lists(st.lists(st.sampled_from(CONDITION_WORDS)).map(" ".join), max_size=3)
+
+
+@hypothesis.given(OWNERS, FAMILIES, MAPPINGS, CONDITIONS, CONDITIONS, st.booleans(), st.booleans(), st.integers(0, 31))
+def test_only_allowed_tokens(owner, ips, mappings, v4, v6, snat, masq_all, bit):
+    """Any valid configuration renders only lines of the forms above, one for each command."""
+    found = attachment(*mappings, environ={"CNI_CONTAINERID": owner.container_id, "CNI_NETNS": owner.netns,
+                                           "CNI_IFNAME": owner.ifname},
+                       name=owner.network, snat=snat, masqAll=masq_all, markMasqBit=bit, conditionsV4=v4,
+                       conditionsV6=v6, prevResult={"ips": [{"address": ip} for ip in ips]})
+    lines = ruleset.attach(found).splitlines()
+    assert [line for line in lines if not re.fullmatch(LINE, line)] == []
+    maps = {ruleset.map_of(published) for published in found.ports}
+    assert len(lines) == 1 + len([*ruleset.rules_of(found)]) + len(maps)
+
+
+@hypothesis.given(MAPPINGS)
+def test_every_port_is_translated_once(mappings):
+    """However rules are joined to ranges and maps, each port leads where it was asked to, and no other does."""
+    found = attachment(*mappings, **ONLY[4])
+    translated = []
+    for rule in ruleset.rules_of(found):
+        match = re.search(r"(?:nfproto ipv4|ip daddr (\S+)) (\w+) dport (?:\{ .* \}|(\d+)(?:-(\d+))?) counter "
+                          r"dnat ip to \S+?(?::(\d+))?(?: dport map \{ (.*) \})?$", rule)
+        if match:
+            ip, protocol, first, last, to, pairs = match.groups()
+            found_pairs = [tuple(map(int, pair.split(" : "))) for pair in pairs.split(", ")] if pairs else \
+                [(number, int(to or number)) for number in range(int(first), int(last or first) + 1)]
+            translated += [(ip or "", protocol, *pair) for pair in found_pairs]
+    assert sorted(translated) == sorted((each.host_ip, each.protocol, each.host_port, each.container_port)
+                                        for each in found.ports)
+
+
+HOSTILE = ["a; drop", "a\nadd rule inet cni_portmap guard accept", "a }", "{ a", 'a"', "a # b", "a accept", "a\\", "$a",
+           "a\0", "a\r", "é", "\ud800", "a'", "`a`", "@a;", "a\u2028b", " ", "a : goto guard", "*;"]
+PLACES = {
+    "container-id": lambda text: ({**VARIABLES, "CNI_CONTAINERID": text}, {}),
+    "ifname": lambda text: ({**VARIABLES, "CNI_IFNAME": text[:15]}, {}),
+    "name": lambda text: (VARIABLES, {"name": text}),
+    "protocol": lambda text: (VARIABLES, {"runtimeConfig": {"portMappings": [{**PORT, "protocol": text}]}}),
+    "protocol-suffix": lambda text: (VARIABLES,
+                                     {"runtimeConfig": {"portMappings": [{**PORT, "protocol": "tcp" + text}]}}),
+    "host-ip": lambda text: (VARIABLES, {"runtimeConfig": {"portMappings": [{**PORT, "hostIP": "10.0.0.1" + text}]}}),
+    "host-port": lambda text: (VARIABLES, {"runtimeConfig": {"portMappings": [{**PORT, "hostPort": "80" + text}]}}),
+    "address": lambda text: (VARIABLES, {"prevResult": {"ips": [{"address": f"10.88.0.2{text}/16"}]}}),
+    "prefix": lambda text: (VARIABLES, {"prevResult": {"ips": [{"address": f"10.88.0.2/16{text}"}]}}),
+    "mark-bit": lambda text: (VARIABLES, {"markMasqBit": "1" + text}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile(place, text):
+    """Text that could end a command, a set or a comment is refused before the kernel is asked anything."""
+    environ, keys = PLACES[place](text)
+    kernel = RecordingKernel()
+    status, document = respond("ADD", configuration(PORT, **keys), kernel, environ=environ)
+    assert (status, document["code"]) == (1, 4 if place in ("container-id", "ifname") else 7)
+    assert kernel.calls == []
+
+
+def test_table_names():
+    """The reader of the kernel and the writer of text mean the same table."""
+    assert f"inet {ruleset.TABLE_NAME}" == ruleset.TABLE and netlink._NFPROTO_INET[0] == 1
