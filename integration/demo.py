@@ -29,8 +29,6 @@ def main() -> int:
         print(f"  {GREEN + 'ok  ' if fine else RED + 'FAIL'}{PLAIN}  {path:34} {address:26} {told}", flush=True)
 
     lab.enter()
-    if pathlib.Path("/proc/sys/net/bridge").exists():  # localhost over IPv6 needs that off: see the README's limits
-        lab.sysctl("net.bridge.bridge-nf-call-ip6tables", 0)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="cni-portmap-demo-"))
     try:
         title("Install into a scratch folder")
