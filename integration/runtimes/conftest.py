@@ -1,0 +1,59 @@
+"""Real runtimes, each on a machine of its own. What was tried is printed as a table when the tests have run."""
+import collections
+import pathlib
+import shutil
+from typing import Any
+
+import lab
+import pytest
+from machine import HERE, UNPACKED, VERSIONS
+
+
+@pytest.fixture(scope="session")
+def need():
+    """Skip, and say so, where a program or an unpacked package is missing: integration/runtimes/packages fetches it."""
+    def check(*programs: str | pathlib.Path) -> None:
+        missing = [str(program) for program in programs
+                   if not shutil.which(program) and not pathlib.Path(program).exists()]
+        if missing:
+            pytest.skip(f"missing, see integration/runtimes/packages: {', '.join(missing)}")
+    return check
+
+
+@pytest.fixture(scope="session")
+def cnitool(need, tmp_path_factory):
+    """A folder with cnitool-1.1 and cnitool-1.3, built from the distribution's sources."""
+    go = UNPACKED / "go/usr/lib/go-1.24/bin/go"
+    need(go, UNPACKED / "cnitool-1.1", UNPACKED / "cnitool-1.3")
+    folder = tmp_path_factory.mktemp("cnitool")
+    for release in "1.1", "1.3":
+        source = folder / release / "src/github.com/containernetworking/cni"
+        source.parent.mkdir(parents=True)
+        source.symlink_to(UNPACKED / f"cnitool-{release}")
+        lab.run("env", "GO111MODULE=off", "CGO_ENABLED=0", "GOFLAGS=", f"GOPATH={folder / release}",
+                f"GOCACHE={UNPACKED}/go-cache", go, "build", "-o", folder / f"cnitool-{release}",
+                "github.com/containernetworking/cni/cnitool", timeout=300)
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            about = (item.function.__doc__ or item.name).strip()
+            case = item.name.partition("[")[2].rstrip("]")
+            item.user_properties.append(("tried", (item.module, f"{about} [{case}]" if case else about)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    tables: dict[Any, list[tuple[str, str]]] = collections.defaultdict(list)
+    for outcome in "passed", "failed", "error", "xfailed", "skipped":
+        for report in terminalreporter.stats.get(outcome, ()):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "tried":
+                    module, row = value
+                    reason = f": {report.longrepr[2]}" if outcome == "skipped" else ""
+                    tables[module].append((outcome, row + reason))
+    for module, rows in tables.items():
+        terminalreporter.section(" ".join([(module.__doc__ or "").strip(), *VERSIONS[module.__name__]]))
+        for outcome, row in rows:
+            terminalreporter.write_line(f"{outcome:8} {row}")

@@ -1,0 +1,43 @@
+"""A client of CRI, the Kubernetes interface of container runtimes, made from its definition when the tests run."""
+import pathlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import lab
+from machine import UNPACKED
+
+DEFINITION = UNPACKED / "cri-api/usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto"
+
+
+def compile_messages(folder: pathlib.Path) -> ModuleType:
+    """CRI's messages, compiled into `folder`."""
+    text = DEFINITION.read_text().replace("[debug_redact = true]", "")  # an option that older compilers do not know
+    (folder / "cri_api.proto").write_text(text)
+    lab.run("protoc", "-I", folder, "--python_out", folder, folder / "cri_api.proto")
+    sys.path.insert(0, str(folder))
+    try:
+        import cri_api_pb2
+    finally:
+        sys.path.remove(str(folder))
+    return cri_api_pb2
+
+
+class Cri:
+    """The services behind a socket: `cri("RunPodSandbox", config=...)` is that call's answer, as a dict."""
+
+    def __init__(self, socket: str, messages: ModuleType) -> None:
+        import grpc
+        self._messages = messages
+        self._channel = grpc.insecure_channel(f"unix://{socket}")
+        grpc.channel_ready_future(self._channel).result(timeout=60)
+
+    def __call__(self, method: str, service: str = "RuntimeService", **request: Any) -> Any:
+        from google.protobuf.json_format import MessageToDict, ParseDict
+        question, answer = (getattr(self._messages, f"{method}{kind}") for kind in ("Request", "Response"))
+        call = self._channel.unary_unary(f"/runtime.v1.{service}/{method}", question.SerializeToString,
+                                         answer.FromString)
+        return MessageToDict(call(ParseDict(request, question()), timeout=60), preserving_proto_field_name=True)
+
+    def close(self) -> None:
+        self._channel.close()

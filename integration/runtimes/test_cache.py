@@ -1,0 +1,24 @@
+"""What each runtime leaves in libcni's cache, as it was found there: cni-portmap restore understands it."""
+import json
+
+import lab
+import pytest
+from machine import HERE
+
+EXAMPLES = sorted((HERE / "cache").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(bin_dir, tmp_path, path):
+    """A pod's file is restored, also where it does not name its namespace itself; loopback's is passed over"""
+    text, namespace = path.read_text(), lab.Namespace("cached")
+    cached = json.loads(text)
+    sandbox = next(interface["sandbox"] for interface in cached["result"]["interfaces"] if "sandbox" in interface)
+    (tmp_path / path.stem).write_text(text.replace(sandbox, namespace.path))
+    report = json.loads(lab.run(bin_dir.parent / "sbin/cni-portmap", "restore", "--dry-run", "--json", "--cache",
+                                tmp_path))
+    namespace.remove()
+    if cached["ifName"] == "lo":
+        assert [each["reason"] for each in report["skipped"]] == ["publishes nothing"]
+    else:
+        assert [each["container"] for each in report["restored"]] == [cached["containerId"]]
