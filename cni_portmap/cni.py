@@ -215,7 +215,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
 
     `handlers` maps each verb but VERSION to a function that returns the document or None, or raises CniError.
     """
-    version = VERSIONS[-1]
+    _answering["version"] = VERSIONS[-1]
     try:
         verb = environ.get("CNI_COMMAND", "")
         if verb not in VERBS:
@@ -226,7 +226,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
         wrong_environment = environment_error(verb, environ)
         try:
             found = _decode(read())
-            version = _version_of(found)
+            version = _answering["version"] = _version_of(found)
             oldest = VERBS[verb][0]
             if VERSIONS.index(version) < VERSIONS.index(oldest):
                 raise CniError(INCOMPATIBLE_VERSION, f"{verb} does not exist in cniVersion {version}",
@@ -240,14 +240,22 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
         request = Request(verb, version, environ, config, "" if previous is None else raw)
         return 0, handlers[verb](request) or ""
     except CniError as error:
-        code, msg, details = error.code, error.msg, error.details
+        return 1, _error_document(error)
     except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback
         frame = error.__traceback__
         while frame and frame.tb_next:
             frame = frame.tb_next
         where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
-        code, msg, details = INTERNAL, f"internal error: {type(error).__name__}: {error}", f"please report it: {where}"
-    return 1, f'{{"cniVersion":{quote(version)},"code":{code},"msg":{quote(msg)},"details":{quote(details)}}}'
+        return 1, _error_document(CniError(INTERNAL, f"internal error: {type(error).__name__}: {error}",
+                                           f"please report it: {where}"))
+
+
+_answering = {"version": VERSIONS[-1]}  # the call that is being answered, for its error document
+
+
+def _error_document(error: CniError) -> str:
+    return f'{{"cniVersion":{quote(_answering["version"])},"code":{error.code},"msg":{quote(error.msg)},' \
+           f'"details":{quote(error.details)}}}'
 
 
 # --- the process ----------------------------------------------------------------------------------------------
@@ -268,6 +276,12 @@ def serve(handlers: "Mapping[str, Callable[[Request], str | None]]", about: str)
     if document and not _write(1, document + "\n"):
         return IO_FAILURE
     return status
+
+
+def give_up(error: CniError) -> None:
+    """End the process here and now, with `error` as its answer: a library is about to end it without one."""
+    _write(1, _error_document(error) + "\n")
+    posix._exit(1)
 
 
 def _read_stdin() -> bytes:

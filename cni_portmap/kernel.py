@@ -10,7 +10,7 @@ from _socket import (AF_INET, AF_INET6, AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV
 from _struct import pack
 
 from . import ruleset, see_packages
-from .cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, warn
+from .cni import FOREIGN_TABLE, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, give_up, warn
 from .netlink import (Conntrack, NfTables, DnatRule, add_local_route, attributes, expressions, link_kind,
                       list_elements, local_addresses, route_interface)
 
@@ -28,12 +28,16 @@ MANY_FLOWS = 1000
 MANY_PORTS = 100  # above, listing all of the maps is quicker than to ask for each element
 LOCK_SECONDS = 30  # 200 plugins at once need less than one
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
-EPERM, ENOENT, ENOTDIR, EADDRINUSE = 1, 2, 20, 98
+READING = "cannot read nf_tables"
+EPERM, ENOENT, ENOTDIR, EINVAL, EADDRINUSE = 1, 2, 20, 22, 98
 CLONE_NEWNET = 0x40000000
 
 HINTS = {
     EPERM: "run the plugin as root, with CAP_NET_ADMIN in the network namespace of the host",
     ENOENT: "the kernel may lack nf_tables; try: modprobe nf_tables",
+    13: "run the plugin as root",
+    23: "too many files are open on this host; raise fs.file-max",
+    24: "the runtime's limit of open files is too low; raise it",
     28: "no space is left there; free some",
     30: "the file system is read-only; mount it read-write for the plugin",
 }
@@ -41,6 +45,9 @@ HINTS = {
 
 def failure(what: str, error: OSError) -> CniError:
     """The CniError for a system call that failed."""
+    if error.errno == EINVAL and what == READING:
+        return CniError(FOREIGN_TABLE, f"table {ruleset.TABLE} has a set or map that this plugin did not make",
+                        f"its maps are {', '.join(ruleset.MAPS)}; see: nft list table {ruleset.TABLE}")
     return CniError(IO_FAILURE, f"{what}: {posix.strerror(error.errno or 0)}", HINTS.get(error.errno or 0, ""))
 
 
@@ -55,7 +62,7 @@ class Lock:
         import _signal
         import fcntl
 
-        def give_up(*_: object) -> None:
+        def too_late(*_: object) -> None:
             raise CniError(TRY_AGAIN_LATER, f"{LOCK} is held by another call for {LOCK_SECONDS} seconds",
                            f"see who holds it: fuser -v {LOCK}")
         try:
@@ -67,7 +74,8 @@ class Lock:
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    before = _signal.signal(_signal.SIGALRM, give_up)
+                    before = _signal.signal(_signal.SIGALRM, too_late)
+                    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGALRM])  # a runtime may have blocked it
                     _signal.setitimer(_signal.ITIMER_REAL, LOCK_SECONDS)
                     try:
                         fcntl.flock(self._fd, fcntl.LOCK_EX)
@@ -110,7 +118,7 @@ class Kernel:
         try:
             return self._table.chain(chain) is not None
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def comments(self, chain: str) -> list[str]:
         """The comments of a chain's rules, "" for a rule without one."""
@@ -146,21 +154,21 @@ class Kernel:
         try:
             return [*self._table.rules(chain)]
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def lookup(self, elements: "Iterable[tuple[str, bytes]]") -> dict[tuple[str, bytes], str]:
         """The chain that each map element (map, key) leads to; those that do not exist are left out."""
         try:
             return self._table.lookup(elements)
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def elements(self) -> "list[tuple[tuple[str, bytes], str]]":
         """All map elements (map, key), each with the chain that it leads to."""
         try:
             return [((name, key), chain) for name in ruleset.MAPS for key, chain in self._table.elements(name)]
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def elements_of(self, chains: "Iterable[str]") -> "list[tuple[tuple[str, bytes], str]]":
         """The map elements (map, key) that lead to one of `chains`, each with its chain: what they own."""
@@ -183,7 +191,7 @@ class Kernel:
         try:
             answers = self._table.raw_elements(name[:-1].decode())
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
         found = [dict(attributes(element)) for answer in answers for element in list_elements(answer)]
         return [(dict(attributes(each.get(1, b""))).get(1, b""), dict(attributes(each.get(2, b""))).get(1, b""))
                 for each in found]
@@ -194,7 +202,7 @@ class Kernel:
         try:
             return [(chain, key[-8:]) for key, chain in self._table.elements(name) if key[-8:] in wanted]
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def inode(self, path: str) -> int:
         """The inode of the network namespace that `path` leads to, 0 where that cannot be known."""
@@ -229,7 +237,7 @@ class Kernel:
             return [hook, *((comment, *(self._expression(name, fields) for name, fields in expressions(raw)))
                             for _, comment, raw in self._table.rules(chain))]
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def references(self, chain: str) -> int:
         """How many map elements and rules lead to `chain` (NFTA_CHAIN_USE less its own rules)."""
@@ -237,7 +245,7 @@ class Kernel:
             use = (self._table.chain(chain) or {}).get(6, b"")
             return int.from_bytes(use, "big") - len([*self._table.rules(chain)])
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def _expression(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
         if name == "counter":
@@ -251,10 +259,14 @@ class Kernel:
 
     def is_dormant(self) -> bool:
         """Whether somebody put the table to sleep: `add table inet cni_portmap { flags dormant; }`."""
+        return bool(self._flags() & 1)
+
+    def _flags(self) -> int:
+        """The flags of our table (enum nft_table_flags)."""
         try:
-            return bool((self._table.flags() or 0) & 1)
+            return self._table.flags() or 0
         except OSError as error:
-            raise failure("cannot read nf_tables", error) from None
+            raise failure(READING, error) from None
 
     def mirror(self) -> "Kernel":
         """Move this process to a new, empty network namespace, to write there what should be and look at it."""
@@ -274,7 +286,10 @@ class Kernel:
         """Run nft commands, a line each, as one transaction: all of them or none."""
         problem = self._run(text)
         if problem:
-            hint = HINTS[EPERM] if "Operation not permitted" in problem else "nothing was written"
+            hint = "nothing was written"
+            if "Operation not permitted" in problem:
+                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self._flags() & 2 else \
+                    HINTS[EPERM]
             raise CniError(NFT_REFUSED, f"nftables refused: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
@@ -313,6 +328,8 @@ class Kernel:
                 finally:
                     if missing:
                         del sys.modules["json"]
+                sys.unraisablehook = _say_nothing  # its __del__ complains where its __init__ has failed
+                _answer_if_it_exits()
                 self._nft = nftables.Nftables()
             except (ImportError, OSError, AttributeError) as error:
                 raise CniError(IO_FAILURE, f"cannot load libnftables: {error}",
@@ -436,6 +453,25 @@ def _read(path: str, size: int = 1) -> bytes:
         posix.close(fd)
 
 
+def _say_nothing(_: object) -> None:
+    pass
+
+
+def _answer_if_it_exits() -> None:
+    """libnftables ends the process where it gets no socket or no memory; the runtime shall have its answer even so.
+
+    on_exit(3) is called by exit(3) only: this plugin itself ends with _exit.
+    """
+    import ctypes
+    if not _at_exit:
+        error = CniError(NFT_REFUSED, "libnftables gave up; its reason is on standard error", "nothing was written")
+        _at_exit.append(ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(lambda *_: give_up(error)))
+        ctypes.CDLL(None).on_exit(_at_exit[0], None)
+
+
+_at_exit: list[object] = []  # kept for as long as C may call it
+
+
 def _record(comments: "Iterable[str]") -> str:
     """The owner's record at the head of a chain: the comments up to the first rule without one."""
     record = []
@@ -461,8 +497,8 @@ def leave() -> None:
             near.sendmsg([b"close"], [(SOL_SOCKET, SCM_RIGHTS, pack(f"={len(sockets) + 1}i", far.fileno(), *sockets))])
             for fd in sockets:
                 posix.close(fd)
-            near.close()
-            far.close()
+            far.close()  # it lives on in its own message,
+            near.close()  # and the end of a socket like this one wakes the collector
     except OSError:
         pass  # then they close when the process ends
 

@@ -6,7 +6,8 @@ so whoever is killed at any instant leaves all of it or nothing.
 from _socket import AF_INET, AF_INET6, inet_pton
 
 from . import ruleset
-from .cni import CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NOT_AVAILABLE, PORT_IN_USE, PORT_TAKEN, CniError, warn
+from .cni import (CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NOT_AVAILABLE, PORT_IN_USE, PORT_TAKEN, TRY_AGAIN_LATER,
+                  CniError, warn)
 from .config import DEFAULT_MARK_BIT, Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -31,7 +32,8 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
             _refuse_bound(attachment, kernel)
         owned, targets = kernel.elements_of(replaced), kernel.targets(replaced)
         released = [item for item in owned if item[0] not in new]
-        text = _base([attachment], kernel) + _detach(replaced, owned, released, kernel)
+        kept_by_none = [item for item in released if item[1] == chain]  # what a dead container had is nobody's
+        text = _base([attachment], kernel) + _detach(replaced, owned, kept_by_none, kernel)
         _open_localhost(attachment, kernel)
         kernel.transact(text + _attach(attachment, elsewhere, kernel))
     _forget_elsewhere(new, attachment, kernel)
@@ -108,6 +110,8 @@ def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
         remove([owner.chain for owner in stale], kernel)
         return
     except CniError as error:
+        if error.code == TRY_AGAIN_LATER:
+            raise
         code = error.code
     errors = []
     for owner in stale:

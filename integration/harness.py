@@ -141,7 +141,7 @@ class Fork:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 os.write(write, json.dumps(task()).encode())
                 kernel.leave()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # told to the parent
                 os.write(write, json.dumps([1, json.dumps({"code": cni.INTERNAL, "msg": repr(error)})]).encode())
             finally:
                 os._exit(0)

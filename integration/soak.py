@@ -99,11 +99,16 @@ def main() -> int:
     parser.add_argument("--executable", action="store_true")
     options = parser.parse_args()
     lab.enter()
-    begin = time.monotonic()
+    begin = last = time.monotonic()
+
+    def progress(cycle: int) -> None:
+        nonlocal last
+        print(f"{cycle} cycles, the last 1000 took {time.monotonic() - last:.1f} ms each", flush=True)
+        last = time.monotonic()
+
     with tempfile.TemporaryDirectory() as folder, harness.fresh_host():
         changed = soak(lab.install(pathlib.Path(folder, "bin")) / "portmap", options.cycles, options.executable,
-                       lambda cycle: print(f"{cycle} cycles, {(time.monotonic() - begin) / cycle * 1000:.1f} ms each",
-                                           flush=True))
+                       progress)
     for kind, (came, went) in changed.items():
         print(f"{kind}: {len(came)} came, {len(went)} went", *sorted(came)[:5], *sorted(went)[:5], sep="\n  ")
     verdict = "SOMETHING CHANGED" if changed else "nothing grew"

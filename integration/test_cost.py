@@ -16,8 +16,8 @@ from harness import Pod
 
 # nf_tables' messages in their order (enum nf_tables_msg_types): strace does not know a socket's protocol before its
 # first message has left, and prints that one's number.
-NAMES = ("NEWTABLE GETTABLE DELTABLE NEWCHAIN GETCHAIN DELCHAIN NEWRULE GETRULE DELRULE NEWSET GETSET DELSET NEWSETELEM "
-         "GETSETELEM DELSETELEM NEWGEN GETGEN").split()
+NAMES = ("NEWTABLE GETTABLE DELTABLE NEWCHAIN GETCHAIN DELCHAIN NEWRULE GETRULE DELRULE NEWSET GETSET DELSET "
+         "NEWSETELEM GETSETELEM DELSETELEM NEWGEN GETGEN").split()
 TYPE = re.compile(r"nlmsg_type=(?:NFNL_SUBSYS_NFTABLES<<8\|NFT_MSG_(\w+)|0xa(\w\w)\b|(\w+))")
 CROWD = 500
 NOBODY, ONE, UDP = Pod("nobody"), Pod("one", "8080:80"), Pod("udp", "8080:80/udp")
@@ -132,7 +132,8 @@ def test_others_cost_nothing(host, trace, verb, pod):
 
 
 @pytest.mark.parametrize("verb, pod, grows", [("ADD", ONE, True), ("CHECK", ONE, False), ("DEL", ONE, False),
-                                              ("ADD", SPECIFIC, False), ("DEL", SPECIFIC, False)])
+                                              ("ADD", SPECIFIC, False), ("DEL", SPECIFIC, False)],
+                         ids=lambda value: getattr(value, "id", str(value)))
 def test_others_on_an_address_each(host, trace, verb, pod, grows):
     """Only ADD of a port on every address reads all those on one address, in one listing: any of them may overlap."""
     seen = []

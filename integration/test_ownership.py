@@ -261,6 +261,16 @@ def test_one_port_on_two_networks(host):
         assert not harness.elements() and not harness.chains()
 
 
+def test_heir_of_another_address(host):
+    """An attachment inherits only what it publishes itself, not all addresses where it has one."""
+    lan = Pod("web", "0.0.0.0:8080:80", ifname="eth0", network="lan")
+    wan = Pod("web", "0.0.0.0:8080:80", ifname="eth1", network="wan", ips=("10.21.0.2/24",))
+    host.add(wan, lan, lan.but("127.0.0.1:8080:80"))
+    host.delete(wan)
+    assert harness.elements() == {("127.0.0.1", "tcp", "8080"): lan.chain}
+    assert not host.call("CHECK", lan.but("127.0.0.1:8080:80")).code
+
+
 # --- processes of the host ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("listener", "port", "refused"), [

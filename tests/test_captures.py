@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import RecordingKernel, respond
 
-from cni_portmap import cni, config, portmap, ruleset
+from cni_portmap import cni, config, ruleset
 
 CALLS = [(path.stem, number, json.loads(line))
          for path in sorted(pathlib.Path(__file__).parent.glob("captures/*.jsonl"))
@@ -63,4 +63,4 @@ def test_replay(file, number, call):
 def test_all_verbs():
     """The captures are whole: every verb and every client is among them."""
     assert {call["env"]["CNI_COMMAND"] for _, _, call in CALLS} == {"ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"}
-    assert len({file for file, _, _ in CALLS}) == 4 and portmap.add
+    assert len({file for file, _, _ in CALLS}) == 4

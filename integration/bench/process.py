@@ -1,0 +1,198 @@
+"""The plugin as a process: how long a call takes, what it needs, and what it costs many connections or calls."""
+import os
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+
+from . import subjects
+from .results import Key, Results, Sample, interleave
+from .subjects import Call, Hosts, Published, Subject
+
+NONE = Published("measured", "10.88.255.2", ())
+ONE = subjects.shifted(1)
+DUAL = ONE._replace(ip6="fd88::ff02")
+FLOOR = "python3 -IS -c pass"
+SLOW = 5000  # ms; an ADD that takes longer has no CHECK after it
+AT_ONCE = 50
+FLOWS = 100_000
+
+
+def life(subject: Subject, hosts: Hosts, what: str, container: Published, size: int = 0) -> Callable[[], Sample]:
+    """A container's ADD, CHECK and DEL on a node with `size` others."""
+    host = hosts.of(subject, size)
+    calls = [(verb, Call.of(subject, verb, container)) for verb in subject.verbs]
+
+    def sample() -> Iterator[tuple[Key, float]]:
+        with host.namespace:
+            slow = False
+            for verb, call in calls:
+                if not (slow and verb == "CHECK"):
+                    took, cpu = call.run()
+                    slow = took > SLOW
+                    yield Key(verb, what, size, subject.name), took
+                    yield Key(f"{verb}, processor", what, size, subject.name), cpu
+    return sample
+
+
+def single(subject: Subject, hosts: Hosts, verb: str) -> Callable[[], Sample]:
+    call, host = Call.of(subject, verb, NONE, "1.1.0" if verb == "STATUS" else "1.0.0"), hosts.of(subject, 0)
+
+    def sample() -> Iterator[tuple[Key, float]]:
+        with host.namespace:
+            yield Key(verb, "", 0, subject.name), call.run()[0]
+    return sample
+
+
+def floor() -> Sample:
+    """What the interpreter takes before any of our lines."""
+    yield Key(FLOOR, "", 0, ""), Call(["/usr/bin/python3", "-IS", "-c", "pass"]).run()[0]
+
+
+def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tuple[int, ...], ports: tuple[int, ...],
+            rounds: int, seconds: float) -> None:
+    cells: list[Callable[[], Sample]] = []
+
+    modern = [subject for subject in everybody if not subject.old]
+    quick = [subject for subject in modern if subject.backend != "iptables"]  # that one takes a minute for 1,000 ports
+
+    def lives(of: list[Subject], what: str, container: Published, size: int = 0) -> None:
+        cells.extend(life(subject, hosts, what, container, size) for subject in of)
+
+    for subject in everybody:
+        cells.append(floor)
+        lives([subject], "no ports", NONE)
+    lives(everybody, "1 TCP port", ONE)
+    lives(everybody, "1 UDP port", ONE._replace(protocol="udp"))
+    lives(modern, "1 TCP port, IPv4 and IPv6", DUAL)
+    for size in sizes:
+        lives(everybody, "1 TCP port", ONE, size)
+    lives(modern, "no ports", NONE, sizes[-1])
+    for count in ports:
+        lives(modern, f"{count:,} identity ports", subjects.identity(count))
+        lives(quick if count > 100 else modern, f"{count:,} shifted ports", subjects.shifted(count))
+    lives(quick, f"{ports[-1]:,} identity ports, UDP", subjects.identity(ports[-1], "udp"))
+    cells.extend(single(subject, hosts, "VERSION") for subject in everybody)
+    cells.extend(single(subject, hosts, "STATUS") for subject in modern)
+    interleave("process", cells, results, rounds, seconds)
+
+
+def at_once(everybody: list[Subject], hosts: Hosts, results: Results, rounds: int) -> None:
+    """Many containers that start, and later end, at the same time."""
+    containers = [Published(f"burst{i}", f"10.88.254.{i + 2}", ((31000 + i, 80),)) for i in range(AT_ONCE)]
+
+    def burst(subject: Subject) -> Callable[[], Sample]:
+        host = hosts.of(subject, 0)
+        calls = {verb: [Call.of(subject, verb, each) for each in containers] for verb in ("ADD", "DEL")}
+
+        def sample() -> Iterator[tuple[Key, float]]:
+            for verb in "ADD", "DEL":
+                with host.namespace, pathlib.Path("/dev/null").open("w") as nowhere:
+                    start = time.perf_counter()
+                    pids = [call.start(nowhere.fileno()) for call in calls[verb]]
+                    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+                    took = (time.perf_counter() - start) * 1e3
+                failed = sum(status != 0 for status in statuses)
+                yield Key(verb, f"{AT_ONCE} at once", 0, subject.name), took
+                yield Key(f"{verb}, failed", f"{AT_ONCE} at once", 0, subject.name, "calls"), failed
+        return sample
+    interleave("at once", [burst(subject) for subject in everybody], results, rounds, 60)
+
+
+def conntrack(everybody: list[Subject], hosts: Hosts, results: Results, rounds: int) -> None:
+    """One UDP port on a node with many connections. Conntrack is one table for the whole machine: one node for all."""
+    host = hosts.of(None, 1)
+    limit = int(pathlib.Path("/proc/sys/net/netfilter/nf_conntrack_max").read_text())
+    flows = min(FLOWS, limit * 3 // 4)
+    with host.namespace:
+        subjects.connect(flows)
+        there = int(pathlib.Path("/proc/sys/net/netfilter/nf_conntrack_count").read_text())
+        assert there >= flows, f"only {there} connections of {flows}"
+
+    def one(subject: Subject) -> Callable[[], Sample]:
+        calls = [(verb, Call.of(subject, verb, ONE._replace(protocol="udp"))) for verb in ("ADD", "DEL")]
+
+        def sample() -> Iterator[tuple[Key, float]]:
+            with host.namespace:
+                for verb, call in calls:
+                    yield Key(verb, f"1 UDP port, {flows:,} connections", 0, subject.name), call.run()[0]
+        return sample
+    interleave("conntrack", [one(subject) for subject in everybody], results, rounds, 30)
+
+
+# --- memory, instructions -------------------------------------------------------------------------------------
+
+_SHIM = """#!/bin/sh
+/usr/bin/time -q -f %M -a -o "$PEAKS" {tool} "$@"
+status=$?
+sed -n 's/^VmHWM:[^0-9]*\\([0-9]*\\).*/+\\1/p' /proc/$PPID/status >>"$PEAKS"
+exit $status
+"""
+
+
+def memory(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tuple[int, ...], ports: int) -> None:
+    """Peak resident memory: the plugin's process and the largest child that ran beside it."""
+    shims, peaks = pathlib.Path("/run/bench-shims"), pathlib.Path("/run/bench-peaks")
+    shims.mkdir()
+    for tool in "nft", "iptables", "ip6tables":
+        if path := shutil.which(tool):
+            (shims / tool).write_text(_SHIM.format(tool=path))
+            (shims / tool).chmod(0o755)
+    environ = {"PATH": f"{shims}:{subjects.ENVIRON['PATH']}", "PEAKS": str(peaks)}
+    cases = [("1 TCP port", ONE, size) for size in (0, *sizes)]
+    cases.append((f"{ports:,} identity ports", subjects.identity(ports), 0))
+    for what, container, size in cases:
+        for subject in everybody:
+            if subject.root != "/" or subject.backend == "iptables" and len(container.ports) > 100:
+                continue
+            with hosts.of(subject, size).namespace:
+                for verb in subject.verbs * 3:
+                    peaks.write_text("")
+                    call = Call.of(subject, verb, container)
+                    call.wrapped("/usr/bin/time", "-q", "-f", "=%M", "-a", "-o", str(peaks), **environ).run()
+                    results.take([(Key(f"{verb}, peak memory", what, size, subject.name, "MiB"),
+                                   _peak(peaks.read_text()) / 1024)])
+
+
+def _peak(text: str) -> int:
+    """KiB, from lines `child`, `+parent` (pairs), and `=all`: the largest process."""
+    *lines, last = text.split()
+    pairs = zip(lines[::2], lines[1::2])
+    return max(int(last[1:]), *(int(child) + int(parent[1:]) for child, parent in pairs), 0)
+
+
+def instructions(everybody: list[Subject], hosts: Hosts, results: Results) -> None:
+    """Millions of instructions of a call and its children: counted by the processor, or else by valgrind."""
+    by_processor = _by_perf(Call(["/bin/true"])) > 0
+    for subject in everybody:
+        if subject.root != "/" or subject.backend == "iptables" and not by_processor:
+            continue  # valgrind takes half a minute with iptables
+        for what, container in ("no ports", NONE), ("1 TCP port", ONE):
+            with hosts.of(subject, 0).namespace:
+                for verb in subject.verbs:
+                    call = Call.of(subject, verb, container)
+                    count = _by_perf(call) if by_processor else _by_valgrind(call)
+                    results.take([(Key(f"{verb}, instructions", what, 0, subject.name, "million"), count / 1e6)])
+
+
+def _by_perf(call: Call) -> int:
+    """Instructions of a call; 0 where there is no perf, or the (virtual) processor does not count for us."""
+    perf, output = shutil.which("perf"), pathlib.Path("/run/bench-perf")
+    if not perf:
+        return 0
+    call.wrapped(perf, "stat", "-x,", "-e", "instructions:u", "-o", str(output)).run()
+    return sum(int(line.partition(",")[0]) for line in output.read_text().splitlines() if line[:1].isdigit())
+
+
+def _by_valgrind(call: Call) -> int:
+    logs = pathlib.Path("/run/bench-valgrind")
+    logs.mkdir(exist_ok=True)
+    call.wrapped("/usr/bin/valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null",
+                 "--trace-children=yes", f"--log-file={logs}/%p").run()
+    total = 0
+    for log in logs.iterdir():
+        found = re.search(r"I +refs: +([\d,]+)", log.read_text())
+        total += int(found[1].replace(",", "")) if found else 0
+        log.unlink()
+    return total

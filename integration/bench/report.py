@@ -1,0 +1,269 @@
+"""The numbers as tables, plots and JSON."""
+import html
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import process
+from .packets import NO_NAT
+from .results import Key, Results, Summary
+
+
+class Names(NamedTuple):
+    """What the subjects are called in this run; "" for one that is not there."""
+
+    ours: str
+    nftables: str
+    iptables: str
+    old: str
+    newer: str
+
+
+# --- what the project promises --------------------------------------------------------------------------------
+
+class Target(NamedTuple):
+    text: str
+    value: Key
+    base: Key
+    most: float
+
+
+VERBS = ("ADD", "CHECK", "DEL")
+
+
+def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds: tuple[int, ...]) -> list[Target]:
+    """The ratios that this plugin is held to. A quick run has smaller sizes, and so ratios without a promise."""
+    found: list[Target] = []
+
+    def at(full: bool, ratio: float) -> float:
+        return ratio if full else math.inf
+
+    def against(who: str, what: str, ratios: tuple[float, ...], verbs: tuple[str, ...] = VERBS, size: int = 0) -> None:
+        there = f", {size:,} containers there" if size else ""
+        for verb, most in zip(verbs, ratios):
+            ours = Key(verb, what, size, names.ours)
+            found.append(Target(f"{verb}, {what}{there} / {who}", ours, ours._replace(subject=who), most))
+
+    many, full = ports[-1], ports[-1] == 1000
+    against(names.nftables, "1 TCP port", (0.45, 0.70, 0.45))
+    against(names.nftables, "1 TCP port", (0.45, 0.20, 0.22), size=1000)
+    against(names.nftables, f"{many:,} identity ports", (at(full, 0.60), at(full, 0.50)), ("ADD", "DEL"))
+    against(names.nftables, f"{many:,} shifted ports", (at(full, 0.90), at(full, 0.70)), ("ADD", "DEL"))
+    against(names.iptables, f"{many:,} identity ports", (at(full, 0.002),), ("ADD",))
+    for verb in VERBS:
+        udp = Key(verb, "1 UDP port", 0, names.ours)
+        found.append(Target(f"{verb}, 1 UDP port / 1 TCP port", udp, udp._replace(what="1 TCP port"), 1.15))
+    for verb in VERBS:
+        none = Key(verb, "no ports", 0, names.ours)
+        found.append(Target(f"{verb}, no ports / {process.FLOOR}", none, Key(process.FLOOR, "", 0, ""), 1.35))
+    against(names.nftables, "no ports", (math.inf,) * 3)
+    for who in names.newer, names.ours:
+        for verb in "ADD", "DEL":
+            last = Key(verb, "1 TCP port", sizes[-1], who)
+            found.append(Target(f"{verb}, {sizes[-1]:,} containers there / none, {who}", last, last._replace(size=0),
+                                at(who == names.newer and sizes[-1] == 10000, 2.0)))
+    full = crowds[-1] == 10000
+    for what in "published", "not published":
+        last = Key("connect", what, crowds[-1], names.ours, "µs")
+        others = ((f"{crowds[0]}", last._replace(size=crowds[0]), 1.05),
+                  (NO_NAT, last._replace(size=0, subject=NO_NAT), 1.35),
+                  (names.nftables, last._replace(subject=names.nftables), at(full, 0.15)),
+                  (names.iptables, last._replace(subject=names.iptables), at(full, 0.04)))
+        found += (Target(f"connect, {what}, {crowds[-1]:,} ports / {name}", last, base, most)
+                  for name, base, most in others)
+    for verb in VERBS:
+        peak = Key(f"{verb}, peak memory", "1 TCP port", 0, names.ours, "MiB")
+        theirs = peak._replace(subject=names.nftables)
+        found.append(Target(f"{verb}, peak memory / {names.nftables} and its nft", peak, theirs, 1.0))
+    return found
+
+
+# --- Markdown -------------------------------------------------------------------------------------------------
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _cell(summary: Summary | None) -> str:
+    if not summary:
+        return ""
+    spread = "" if summary.samples < 3 else f" <sub>{number(summary.low)}–{number(summary.high)}</sub>"
+    return number(summary.median) + spread
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def markdown(results: Results, wanted: list[Target], subjects: list[str], about: dict[str, Any]) -> str:
+    """The whole report. Ratios are of medians; the small numbers are quartiles."""
+    parts = ["# Benchmark\n", "Medians, with quartiles beside them; measured by `scripts/bench`, all by turns.\n",
+             _table(["", ""], [[name, str(value)] for name, value in about.items()]), *_ratios(results, wanted)]
+    sections: list[tuple[str, Callable[[Key], bool]]] = [
+        ("Process (ms)", lambda key: key.unit == "ms" and "," not in key.measure and "connections" not in key.what),
+        ("Processors' time of these processes (ms)", lambda key: key.measure.endswith("processor") and
+         key.what in ("no ports", "1 TCP port")),
+        ("Peak memory (MiB): the process, and the largest child beside it", lambda key: key.unit == "MiB"),
+        ("Instructions in user space (millions), with children", lambda key: key.unit == "million"),
+        ("Calls that failed, of those at once", lambda key: key.unit == "calls"),
+        ("With many connections in conntrack (ms)", lambda key: key.unit == "ms" and "connections" in key.what),
+        ("Packets, by number of published ports", lambda key: key.unit in ("µs", "1/s", "Gbit/s"))]
+    for title, belongs in sections:
+        rows: dict[tuple[str, str, int, str], dict[str, Key]] = {}
+        columns = dict.fromkeys(name for name in ("", NO_NAT, *subjects)
+                                if any(belongs(key) and key.subject == name for key in results))
+        for key in filter(belongs, results):
+            if key.subject in columns and key.subject != NO_NAT:
+                rows.setdefault((key.measure, key.what, key.size, key.unit), {})[key.subject] = key
+        if rows:
+            for row in rows.values():
+                bare = next(iter(row.values()))._replace(size=0, subject=NO_NAT)
+                row.update({NO_NAT: bare} if bare in results else {})
+            parts += [f"## {title}\n", _table(["", *(name or "baseline" for name in columns)], [
+                [_row(*name), *(_cell(results.summary(row[column])) if column in row else "" for column in columns)]
+                for name, row in sorted(rows.items(), key=lambda item: _order(item[0]))])]
+    return "\n".join(parts)
+
+
+def _order(row: tuple[str, str, int, str]) -> tuple[object, ...]:
+    measure, what, size, _ = row
+    verb, verbs = measure.partition(",")[0], (*VERBS, "STATUS", "VERSION")
+    digits = "".join(letter for letter in what if letter.isdigit())
+    return verb not in verbs, verbs.index(verb) if verb in verbs else measure, what != "1 TCP port", size, \
+        int(digits or 0), what
+
+
+def _row(measure: str, what: str, size: int, unit: str) -> str:
+    packets = unit in ("µs", "1/s", "Gbit/s")
+    there = (f"{size:,} ports" if size > 1 else "1 port") if packets else f"{size:,} containers there" if size else ""
+    name = f"{measure} ({unit})" if packets else measure.partition(",")[0]
+    return ", ".join(part for part in (name, what, there) if part)
+
+
+def _ratios(results: Results, wanted: list[Target]) -> list[str]:
+    rows = []
+    for text, value, base, most in wanted:
+        ours, theirs = results.median(value), results.median(base)
+        if ours is not None and theirs:
+            ratio = ours / theirs
+            verdict = "" if most == math.inf else "yes" if ratio <= most else "**no**"
+            rows.append([text, number(ours), number(theirs), f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}",
+                         "" if most == math.inf else f"≤ {most:g}", verdict])
+    return ["## Ratios\n", _table(["", "this", "that", "ratio", "wanted", "reached"], rows)] if rows else []
+
+
+def as_json(results: Results, about: dict[str, Any]) -> str:
+    rows = []
+    for key in results:
+        summary = results.summary(key)
+        assert summary
+        rows.append({**key._asdict(), **{name: round(value, 4) for name, value in summary._asdict().items()}})
+    return json.dumps({"about": about, "results": rows}, indent=1, ensure_ascii=False) + "\n"
+
+
+# --- SVG ------------------------------------------------------------------------------------------------------
+
+_LIGHT = ("#ffffff", "#d8dee4", "#1f2328", "#59636e"), ("#0969da", "#bc4c00", "#8250df", "#59636e", "#1a7f37")
+_DARK = ("#0d1117", "#30363d", "#e6edf3", "#9198a1"), ("#58a6ff", "#f0883e", "#bc8cff", "#9198a1", "#3fb950")
+
+
+def _style(theme: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+    (page, grid, text, small), series = theme
+    return f".page {{ fill: {page} }} .grid {{ stroke: {grid} }} text {{ fill: {text} }} .small {{ fill: {small} }}" + \
+        "".join(f" .c{index} path {{ stroke: {color} }} .c{index} circle {{ fill: {color} }}"
+                for index, color in enumerate(series))
+
+
+STYLE = f"""
+text {{ font: 12px sans-serif }} .title {{ font-size: 14px; font-weight: bold }} .small {{ font-size: 11px }}
+path {{ fill: none; stroke-width: 2 }} .grid {{ stroke-width: 1 }}
+{_style(_LIGHT)}
+@media (prefers-color-scheme: dark) {{ {_style(_DARK)} }}
+"""
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 220, 52, 64, 46
+
+
+class Panel(NamedTuple):
+    """A plot: its title, what is below, the values below, and for each series (name -> key of each value)."""
+
+    title: str
+    below: str
+    values: tuple[int, ...]
+    series: dict[str, list[Key]]
+
+
+def svg(results: Results, panels: list[Panel]) -> str:
+    """Panels side by side, with one legend and a logarithmic scale that all share."""
+    found = {(panel.title, name): [results.summary(key) for key in keys]
+             for panel in panels for name, keys in panel.series.items()}
+    numbers = [value for summaries in found.values() for each in summaries if each for value in (each.low, each.high)]
+    names = [*dict.fromkeys(name for (_, name), summaries in found.items() if any(summaries))]
+    if not numbers:
+        return ""
+    floor, ceiling = math.floor(math.log10(min(numbers))), math.ceil(math.log10(max(numbers)))
+    ceiling += floor == ceiling
+    unit = next(iter(panels[0].series.values()))[0].unit
+    width, height = (WIDTH + LEFT) * len(panels) + 20, TOP + HEIGHT + BOTTOM
+
+    def y(value: float) -> float:
+        return TOP + HEIGHT * (1 - (math.log10(value) - floor) / (ceiling - floor))
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+           f'role="img"><style>{STYLE}</style><rect class="page" width="{width}" height="{height}" rx="6"/>']
+    at = LEFT
+    for index, name in enumerate(names):
+        out.append(f'<g class="c{index}"><circle cx="{at}" cy="20" r="5"/></g><text x="{at + 10}" y="24">'
+                   f'{html.escape(name)}</text>')
+        at += 30 + 7 * len(name)
+    for column, panel in enumerate(panels):
+        left = LEFT + column * (WIDTH + LEFT)
+        step = (WIDTH - 40) / max(len(panel.values) - 1, 1)
+        out.append(f'<text class="title" x="{left}" y="{TOP - 12}">{html.escape(panel.title)}</text>')
+        out += (f'<path class="grid" d="M{left} {y(10 ** power):.1f}h{WIDTH}"/><text class="small" x="{left - 6}" '
+                f'y="{y(10 ** power) + 4:.1f}" text-anchor="end">{10.0 ** power:,g}</text>'
+                for power in range(floor, ceiling + 1))
+        out += (f'<text class="small" x="{left + 20 + step * position:.1f}" y="{TOP + HEIGHT + 18}" '
+                f'text-anchor="middle">{value:,}</text>' for position, value in enumerate(panel.values))
+        out.append(f'<text class="small" x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 36}" text-anchor="middle">'
+                   f'{html.escape(panel.below)}; {unit}, logarithmic</text>')
+        for name in panel.series:
+            points = [(left + 20 + step * position, each)
+                      for position, each in enumerate(found[panel.title, name]) if each]
+            if points:
+                line = "L".join(f"{x:.1f} {y(each.median):.1f}" for x, each in points)
+                out.append(f'<g class="c{names.index(name)}"><path d="M{line}"/>')
+                out += (f'<path d="M{x:.1f} {y(each.low):.1f}V{y(each.high):.1f}"/>'
+                        f'<circle cx="{x:.1f}" cy="{y(each.median):.1f}" r="3.5"/>' for x, each in points)
+                out.append("</g>")
+    return "\n".join([*out, "</svg>", ""])
+
+
+def plots(results: Results, names: Names, sizes: tuple[int, ...], ports: tuple[int, ...],
+          crowds: tuple[int, ...]) -> dict[str, str]:
+    """The plots by file name."""
+    who = [name for name in (names.ours, names.nftables, names.iptables, names.newer) if name]
+    counts = (1, *ports)
+
+    def panel(verb: str, values: tuple[int, ...], below: str, key: Callable[[str, int], Key]) -> Panel:
+        return Panel(verb, below, values, {name: [key(name, value) for value in values] for name in who})
+
+    files = {
+        "bench-containers.svg": [
+            panel(verb, (0, *sizes), "containers that publish ports already",
+                  lambda name, value, verb=verb: Key(verb, "1 TCP port", value, name))  # type: ignore[misc]
+            for verb in VERBS],
+        "bench-ports.svg": [
+            panel(verb, counts, "ports of one container",
+                  lambda name, value, verb=verb: Key(  # type: ignore[misc]
+                      verb, f"{value:,} identity ports" if value > 1 else "1 TCP port", 0, name))
+            for verb in VERBS],
+        "bench-packets.svg": [
+            Panel(title, "published ports of the host", crowds, {
+                **{name: [Key(measure, what, value, name, "µs") for value in crowds] for name in who[:3]},
+                NO_NAT: [Key(measure, what, 0, NO_NAT, "µs") for _ in crowds]})
+            for title, measure, what in (("connect, published port", "connect", "published"),
+                                         ("connect, host's own service", "connect", "not published"),
+                                         ("UDP, a flow's first packet", "UDP first packet", "published"))]}
+    return {file: text for file, panels in files.items() if (text := svg(results, panels))}
