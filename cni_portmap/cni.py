@@ -253,6 +253,11 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
 _answering = {"version": VERSIONS[-1]}  # the call that is being answered, for its error document
 
 
+def is_serving() -> bool:
+    """Whether this process is there to answer one call of a runtime, and for nothing else."""
+    return "process" in _answering
+
+
 def _error_document(error: CniError) -> str:
     return f'{{"cniVersion":{quote(_answering["version"])},"code":{error.code},"msg":{quote(error.msg)},' \
            f'"details":{quote(error.details)}}}'
@@ -272,6 +277,7 @@ def serve(handlers: "Mapping[str, Callable[[Request], str | None]]", about: str)
     if "CNI_COMMAND" not in environ:
         _write(2, f"{about}\nCNI versions: {', '.join(VERSIONS)}\n")
         return 0
+    _answering["process"] = "plugin"
     status, document = respond(handlers, environ, _read_stdin)
     if document and not _write(1, document + "\n"):
         return IO_FAILURE

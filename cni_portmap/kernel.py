@@ -10,7 +10,7 @@ from _socket import (AF_INET, AF_INET6, AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV
 from _struct import pack
 
 from . import ruleset, see_packages
-from .cni import FOREIGN_TABLE, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, give_up, warn
+from .cni import FOREIGN_TABLE, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, give_up, is_serving, warn
 from .netlink import (Conntrack, NfTables, DnatRule, add_local_route, attributes, expressions, link_kind,
                       list_elements, local_addresses, route_interface)
 
@@ -329,7 +329,8 @@ class Kernel:
                     if missing:
                         del sys.modules["json"]
                 sys.unraisablehook = _say_nothing  # its __del__ complains where its __init__ has failed
-                _answer_if_it_exits()
+                if is_serving():
+                    _answer_if_it_exits()
                 self._nft = nftables.Nftables()
             except (ImportError, OSError, AttributeError) as error:
                 raise CniError(IO_FAILURE, f"cannot load libnftables: {error}",

@@ -168,14 +168,15 @@ def claim_of(element: "tuple[str, bytes]") -> tuple[int, int, bytes, int]:
 
 
 def elements_of(rule: "DnatRule") -> "Iterator[tuple[str, bytes]]":
-    """The elements (map, key) that may lead to a rule: those of every address, and of the one that it asks for."""
+    """The elements (map, key) that are to lead to a rule: of the address that it asks for, or of every address.
+
+    A condition may ask for an address, too: such a rule of every address is taken for one of that address.
+    """
     family = 4 if len(rule.target) == 4 else 6
-    hosts = [("hostports", bytes((_NFPROTO[family], 0, 0, 0)))]
-    if rule.daddr:
-        hosts.append((f"hostip{family}_hostports", rule.daddr))
+    name, host = (f"hostip{family}_hostports", rule.daddr) if rule.daddr else \
+        ("hostports", bytes((_NFPROTO[family], 0, 0, 0)))
     for port in rule.ports:
-        for name, host in hosts:
-            yield name, host + bytes((rule.protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+        yield name, host + bytes((rule.protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
 
 
 # A container may publish one port on several networks (podman does). Its element leads to one of its chains, where a

@@ -130,11 +130,12 @@ class Fork:
     def __init__(self, task: Callable[[], tuple[int, str]], prepare: Callable[[], object] = lambda: None,
                  stop_at: int = -1) -> None:
         self._read, write = os.pipe()
+        self._stderr = tempfile.TemporaryFile("w+")
         self.traced = stop_at >= 0
         self.pid = os.fork()
         if not self.pid:
             try:
-                os.dup2(os.open("/dev/null", os.O_RDWR), 2)
+                os.dup2(self._stderr.fileno(), 2)
                 prepare()
                 if self.traced:
                     _libc.ptrace(PTRACE_TRACEME, 0, None, None)
@@ -147,16 +148,20 @@ class Fork:
                 os._exit(0)
         os.close(write)
         self.killed = self.traced and _stop_at(self.pid, stop_at)
+        if self.killed:
+            os.close(self._read)
 
     def answer(self) -> Answer:
-        data = b""
-        while chunk := os.read(self._read, 1 << 16):
-            data += chunk
-        os.close(self._read)
-        if not self.traced:
-            os.waitpid(self.pid, 0)
-        status, stdout = json.loads(data) if data else (-9, "")
-        return answer(status, stdout, "")
+        if self.killed:
+            return Answer(-1, "", "", "", "")
+        with open(self._read, "rb") as end:
+            data = end.read()
+        _, ended = os.waitpid(self.pid, 0) if not self.traced else (0, 0)
+        self._stderr.seek(0)
+        with self._stderr:
+            stderr = self._stderr.read()
+        assert data, f"no answer; status {ended:#x}; {stderr}"
+        return answer(*json.loads(data), stderr)
 
 
 def call(verb: str, what: "Pod | Collection", **options: Any) -> Fork:

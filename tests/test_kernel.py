@@ -1,5 +1,6 @@
 """The module that touches the kernel, as far as it goes without root: its failures, its lock, what it leaves."""
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -187,7 +188,6 @@ def test_refused(error, says):
 def test_no_libnftables(monkeypatch):
     """Without the binding the error names the package; nobody else sees the json that it was lent."""
     monkeypatch.setitem(sys.modules, "nftables", None)
-    import json
     for loaded in json, None:
         if loaded is None:
             monkeypatch.delitem(sys.modules, "json")
@@ -440,3 +440,20 @@ def test_leave():
     done = subprocess.run(["/usr/bin/python3", "-IS", "-c", script, ROOT], capture_output=True, text=True, timeout=60,
                           check=True)
     assert done.stdout == "[False, False, False]\n"
+
+
+ENDS = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+from cni_portmap import cni, kernel, plugin
+"""
+
+
+@pytest.mark.parametrize("script, status, code", [
+    ("cni.respond({}, {'CNI_COMMAND': ''}, bytes); plugin._kernel()._libnftables; ctypes.CDLL(None).exit(1)", 1, 100),
+    ("kernel.Kernel()._libnftables; sys.exit(3)", 3, None)], ids=["libnftables", "command"])
+def test_end(script, status, code):
+    """A plugin that libnftables ends still answers; a command that loaded libnftables ends as it wants to."""
+    done = subprocess.run(["/usr/bin/python3", "-IS", "-c", ENDS + script, ROOT], capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert (done.returncode, "code" in done.stdout and json.loads(done.stdout)["code"] or None) == (status, code)

@@ -38,7 +38,7 @@ def mirror() -> str:
     found = lab.run(*wanted) or lab.run("apt-get", "-qq", "update", timeout=300) or lab.run(*wanted)
     uris = [uri for uri in found.split() if "security" not in uri]
     if not uris:
-        raise SystemExit("bench: no package source of the distribution in /etc/apt; see --reference")
+        raise SystemExit("bench: /etc/apt names no source of the distribution; see --cache")
     return uris[0]
 
 
