@@ -450,7 +450,7 @@ from cni_portmap import cni, kernel, plugin
 
 
 @pytest.mark.parametrize("script, status, code", [
-    ("cni.respond({}, {'CNI_COMMAND': ''}, bytes); plugin._kernel()._libnftables; ctypes.CDLL(None).exit(1)", 1, 100),
+    ("cni._answering['process'] = 'plugin'; plugin._kernel()._libnftables; ctypes.CDLL(None).exit(1)", 1, 100),
     ("kernel.Kernel()._libnftables; sys.exit(3)", 3, None)], ids=["libnftables", "command"])
 def test_end(script, status, code):
     """A plugin that libnftables ends still answers; a command that loaded libnftables ends as it wants to."""
