@@ -412,8 +412,9 @@ class Kernel:
                     continue
                 ports = {port for _, port, *_ in mine}
                 port = ports.pop() if len(ports) == 1 else 0
-                while mine and _forget_listed(conntrack, family, port, is_stale):
-                    pass
+                for _ in range(100):  # an end even where flows stay
+                    if not (mine and _forget_listed(conntrack, family, port, is_stale)):
+                        break
         except OSError as error:
             warn(f"stale connections may live on: conntrack: {posix.strerror(error.errno or 0)}")
 
