@@ -130,7 +130,7 @@ class Fork:
     def __init__(self, task: Callable[[], tuple[int, str]], prepare: Callable[[], object] = lambda: None,
                  stop_at: int = -1) -> None:
         self._read, write = os.pipe()
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the fork
         self.traced = stop_at >= 0
         self.pid = os.fork()
         if not self.pid:
