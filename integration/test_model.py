@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import harness
@@ -39,6 +38,7 @@ class Owned(NamedTuple):
     standby: frozenset[str]  # the container's other interfaces that publish some of it too
 
 
+NOBODY = Owned("", "", (), frozenset(), frozenset())
 State = dict[str, Owned]  # by chain
 BASE = frozenset(("dispatch", "guard", "prerouting", "output", "postrouting"))
 
@@ -68,29 +68,25 @@ class Model:  # noqa: PLW1641  # compared, never in a set
                 mates.add(chain)
             else:
                 return 101, self
-        old = self.owned.get(pod.chain)
-        left = self.without(gone, wanted, pod).owned
+        left = self.without(gone, {*self.owned.get(pod.chain, NOBODY).claims} - {*wanted}).owned
         claims = frozenset(wanted).difference(*(self.owned[mate].claims for mate in mates))
         left[pod.chain] = Owned(pod.network, f"{pod.netns}#{inode(pod.netns)}", tuple(sorted(wanted.items())), claims,
-                                old.standby if old else frozenset())
+                                self.owned.get(pod.chain, NOBODY).standby)
         for mate in mates:
             if {*wanted} & self.owned[mate].claims:
                 left[mate] = left[mate]._replace(standby=left[mate].standby | {pod.ifname})
         return 0, Model(left, BASE)
 
-    def without(self, chains: "set[str]", wanted: "Iterable[Claim]" = (), heir: Pod | None = None) -> "Model":
-        """What remains when attachments go. A port that its container publishes elsewhere too goes on there.
-
-        Not so what is `wanted` by `heir`, nor, where that is another container, anything that overlaps with it.
-        """
+    def without(self, chains: "set[str]", released: "set[Claim] | None" = None) -> "Model":
+        """What remains when attachments go. What is `released`, all by default, of ports that their container publishes
+        elsewhere too, goes on there."""
         left = {chain: owned for chain, owned in self.owned.items() if chain not in chains}
         for chain in chains & {*self.owned}:
             container = chain.rpartition("/")[0]
             for mate in (f"{container}/{ifname}" for ifname in sorted(self.owned[chain].standby)):
                 if mate in left:
                     freed = {claim for claim in self.owned[chain].claims if claim in dict(left[mate].targets)
-                             and claim not in wanted and (heir and chain.startswith(f"c/{heir.id}/") or
-                                                          not any(overlap(claim, other) for other in wanted))}
+                             and (released is None or claim in released)}
                     left[mate] = left[mate]._replace(claims=left[mate].claims | freed)
         return Model(left, self.base)
 
