@@ -63,8 +63,9 @@ def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tup
     for subject in everybody:
         cells.append(floor)
         lives([subject], "no ports", NONE)
-    lives(everybody, "1 TCP port", ONE)
-    lives(everybody, "1 UDP port", ONE._replace(protocol="udp"))
+    for subject in everybody:  # side by side, because they are compared with each other
+        lives([subject], "1 TCP port", ONE)
+        lives([subject], "1 UDP port", ONE._replace(protocol="udp"))
     lives(modern, "1 TCP port, IPv4 and IPv6", DUAL)
     for size in sizes:
         lives(everybody, "1 TCP port", ONE, size)
