@@ -17,7 +17,7 @@ from .netlink import (Conntrack, NfTables, DnatRule, add_local_route, attributes
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
+    from types import ModuleType, TracebackType
 
     import nftables
 
@@ -270,7 +270,7 @@ class Kernel:
 
     def mirror(self) -> "Kernel":
         """Move this process to a new, empty network namespace, to write there what should be and look at it."""
-        import ctypes
+        ctypes = _import("ctypes")
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
             raise failure("cannot make a network namespace to compare with", OSError(ctypes.get_errno(), ""))
         self._mirror = Kernel()  # kept, see `leave`
@@ -319,15 +319,7 @@ class Kernel:
         if self._nft is None:
             see_packages()
             try:
-                # It imports json for a call that we never make: 7 ms. It gets an empty module instead.
-                missing = "json" not in sys.modules
-                if missing:
-                    sys.modules["json"] = type(sys)("json")
-                try:
-                    import nftables
-                finally:
-                    if missing:
-                        del sys.modules["json"]
+                nftables = _import("nftables")
                 sys.unraisablehook = _say_nothing  # its __del__ complains where its __init__ has failed
                 if is_serving():
                     _answer_if_it_exits()
@@ -399,11 +391,13 @@ class Kernel:
         Each of `filters` (family, host port, destination, target; b"" for any) names some for the kernel to find and
         forget by itself. Where that would cost more than to list all flows, `is_stale` picks them from the list.
         """
-        conntrack = Conntrack(protocol)
-        self._conntracks.append(conntrack)
         try:
             count = int(_read("/proc/sys/net/netfilter/nf_conntrack_count", 16) or 0)
             wanted = filters() if count else []
+            if not wanted:
+                return
+            conntrack = Conntrack(protocol)
+            self._conntracks.append(conntrack)
             for family in 4, 6:
                 mine = [each for each in wanted if each[0] == family]
                 # Measured, in units of 0.3 us: a filter looks at every flow, a list also at every empty bucket (10 ms).
@@ -453,6 +447,44 @@ def _read(path: str, size: int = 1) -> bytes:
         return posix.read(fd, size)
     finally:
         posix.close(fd)
+
+
+_modules: "dict[str, object]" = sys.modules  # type: ignore[assignment]  # any object can be one
+
+
+class _Later:
+    """Stands for a module until something is asked of it that is not among what is `known` of it."""
+
+    __spec__ = None  # import asks for this
+
+    def __init__(self, module: str, /, **known: object) -> None:
+        self._module = module
+        self.__dict__.update(known)
+
+    def __getattr__(self, name: str) -> object:
+        self.step_aside()
+        return getattr(__import__(self._module), name)
+
+    def step_in(self) -> None:
+        """Be the module, for whoever imports it now, if nobody has before."""
+        _modules.setdefault(self._module, self)
+
+    def step_aside(self) -> None:
+        """Be it no more."""
+        if _modules.get(self._module) is self:
+            del _modules[self._module]
+
+
+def _import(name: str) -> "ModuleType":
+    """nftables or ctypes, less 8 ms: the one imports json, the other os, for calls that we never make."""
+    later = _Later("json"), _Later("os", name="posix", fspath=posix.fspath)
+    for module in later:
+        module.step_in()
+    try:
+        return __import__(name)
+    finally:
+        for module in later:
+            module.step_aside()
 
 
 def _say_nothing(_: object) -> None:

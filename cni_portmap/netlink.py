@@ -62,7 +62,7 @@ class Socket:
         self._socket.send(_HEADER.pack(16 + len(body), kind, _REQUEST | flags, self._sequence, 0) + body)
         interrupted = False
         while True:
-            for answer, its_kind, its_flags in self._receive():
+            for answer, its_kind, its_flags in self._receive(self._sequence):
                 interrupted |= bool(its_flags & _DUMP_INTERRUPTED)
                 if its_kind in (_ERROR, _DONE):
                     code = _error_of(answer)
@@ -97,7 +97,7 @@ class Socket:
                                        bytes(-len(body) % 4) for index, body in enumerate(batch)))
             received = 0
             while received < len(batch):
-                for answer, its_kind, _ in self._receive():
+                for answer, its_kind, _ in self._receive(first):
                     received += 1
                     if its_kind != _ERROR:
                         answers.append(answer)
@@ -108,15 +108,19 @@ class Socket:
                     answers.append(None if code else b"")
         return answers
 
-    def _receive(self) -> "Iterator[tuple[bytes, int, int]]":
-        """Body, type and flags of each message in the next datagram that answers the last question."""
+    def _receive(self, first: int) -> "Iterator[tuple[bytes, int, int]]":
+        """Body, type and flags of each message in the next datagram that answers question `first` or a later one.
+
+        What still comes for an earlier one, which ended with an error, is passed over.
+        """
         data = self._socket.recv(1 << 16)
         at, end = 0, len(data)
         while at + 16 <= end:
-            length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
+            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
             if length < 16:
                 raise OSError(EBADMSG, "netlink")
-            yield data[at + 16:at + length], kind, flags
+            if sequence >= first:
+                yield data[at + 16:at + length], kind, flags
             at += length + 3 & ~3
 
 
@@ -325,11 +329,8 @@ class Conntrack:
 
     def __init__(self, protocol: int) -> None:
         self._protocol = protocol
-        self._sockets: list[Socket] = []  # open until this object goes: see kernel.leave
-
-    def _socket(self) -> Socket:
-        self._sockets.append(Socket(NETLINK_NETFILTER))
-        return self._sockets[-1]
+        self._netlink = Socket(NETLINK_NETFILTER)
+        self._lists: list[Socket] = []  # open until this object goes: see kernel.leave
 
     def _body(self, family: int, port: int, destination: bytes = b"", target: bytes = b"") -> bytes:
         """A message about the flows to `port` of `destination` (IPv4) that `target` answers; 0 and b"" for any.
@@ -352,7 +353,8 @@ class Conntrack:
 
     def flows(self, family: int, port: int) -> "Iterator[Flow]":
         """The flows of a family to `port` of anybody, 0 for any port."""
-        for answer in self._socket().stream(_CT_GET, self._body(family, port), _DUMP):
+        self._lists.append(Socket(NETLINK_NETFILTER))  # of its own: the caller may ask for something meanwhile
+        for answer in self._lists[-1].stream(_CT_GET, self._body(family, port), _DUMP):
             yield Flow(answer)
 
     def forget(self, port: int, destination: bytes, target: bytes) -> bool:
@@ -364,7 +366,7 @@ class Conntrack:
         if self._protocol not in (_TCP, _UDP):
             return False
         try:
-            self._socket().ask(_CT_DELETE, self._body(4, port, destination, target))
+            self._netlink.ask(_CT_DELETE, self._body(4, port, destination, target))
         except OSError as error:
             if error.errno in (EINVAL, EOPNOTSUPP):
                 return False
@@ -377,7 +379,7 @@ class Conntrack:
         bodies = [bytes((_FAMILIES[flow.family], 1, 0, 0)) + flow.handle for flow in flows]
         if not bodies:
             return
-        self._socket().ask_each(_CT_DELETE, bodies, _ACK)
+        self._netlink.ask_each(_CT_DELETE, bodies, _ACK)
 
 
 # --- routes, addresses, links ---------------------------------------------------------------------------------

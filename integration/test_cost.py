@@ -79,7 +79,7 @@ def crowd(*places):
     ("ADD", NOBODY, 0, 0, 450),
     ("CHECK", NOBODY, 0, 0, 450),
     ("DEL", NOBODY, 0, 1, 550),
-    ("STATUS", NOBODY, 1, 8, 900),
+    ("STATUS", NOBODY, 0, 8, 900),
     ("ADD", ONE, 1, 14, 900),
     ("ADD", UDP, 1, 18, 900),
     ("ADD", SPECIFIC, 1, 14, 900),

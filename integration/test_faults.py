@@ -68,7 +68,10 @@ SWEEPS: dict[str, tuple[Callable[[], None], str, "Pod | Collection"]] = {
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_killed_at_every_instant(host, name):
-    """Killed at the beginning of each of its system calls, a call leaves all or nothing, and the next converges."""
+    """Killed at the beginning of each of its system calls, a call leaves all or nothing, and the next converges.
+
+    What all containers share is written first, where it is missing, and may be there alone.
+    """
     prepare, verb, what = SWEEPS[name]
 
     def reset() -> list[str]:
@@ -80,6 +83,10 @@ def test_killed_at_every_instant(host, name):
     assert not fork(verb, what).code
     after = harness.state()
     assert before != after
+    whole = [before, after]
+    if not before:
+        fork("DEL", what)
+        whole.append(harness.state())
     found: list[str] | None = None
     seen = []
     for instant in itertools.count():
@@ -88,7 +95,7 @@ def test_killed_at_every_instant(host, name):
         if not harness.call(verb, what, stop_at=instant).killed:
             break
         found = harness.state()
-        assert found in (before, after), f"half-done when killed at system call {instant}"
+        assert found in whole, f"half-done when killed at system call {instant}"
         seen.append(found == after)
         if instant % 5 == 0:
             assert not fork(verb, what).code
@@ -98,6 +105,20 @@ def test_killed_at_every_instant(host, name):
                 assert what.chain not in harness.chains() + [*harness.elements().values()]
             found = None
     assert len(seen) > 40 and not seen[0] and seen[-1]
+
+
+def test_localhost_is_never_open_without_the_guard(host):
+    """At no instant of a host's first ADD does route_localnet let anything in (CVE-2020-8558)."""
+    lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
+    path, opened = pathlib.Path("/proc/sys/net/ipv4/conf/to-web/route_localnet"), []
+    for instant in itertools.count():
+        harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
+        path.write_text("0")
+        if not harness.call("ADD", WEB, stop_at=instant).killed:
+            break
+        opened.append(path.read_text() == "1\n")
+        assert not opened[-1] or "CVE-2020-8558" in "".join(harness.state()), f"system call {instant}"
+    assert opened[-1] and not opened[0]
 
 
 def test_killed_at_random(host):
@@ -296,7 +317,8 @@ def test_foreign_table(host, name):
     reply = host.call("ADD", pod)
     if named:
         assert reply.code in (100, 101, 103) and named in reply.msg + reply.details, reply
-        assert harness.state() == theirs
+        left = harness.state()
+        assert left == theirs or name == "a full map" and {*theirs} < {*left} and pod.chain not in "\n".join(left)
         status = host.call("STATUS", Collection("net"))
         assert status.code in (0, 50)
         assert host.call("CHECK", pod).code in (103, 104)
@@ -425,7 +447,8 @@ def test_poor_environment(host, name, verb, tmp_path_factory):
         assert reply.code == code or not code and reply.code in (5, 100), reply
         assert named in reply.msg + reply.details, reply
         assert reply.details, "what to do?"
-        assert harness.state() == before
+        left = harness.state()
+        assert left == before or name == "sysctls are read-only" and WEB.chain not in "\n".join(left)
     finally:
         lab.run("umount", anybody)
     if verb == "ADD":

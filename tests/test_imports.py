@@ -24,16 +24,18 @@ sys.path.insert(0, sys.argv[1])
 from cni_portmap.plugin import main
 main()
 """
-# What libnftables' binding itself needs, whatever its version; it is lent an empty json.
+# What libnftables' binding itself needs, whatever its version, but json and os.
 BINDING = """
+import posix
 import sys
 bare = {*sys.modules}
 sys.path.insert(0, sys.argv[1])
 from cni_portmap import see_packages
 see_packages()
-sys.modules["json"] = type(sys)("json")
+lent = sys.modules["json"], sys.modules["os"] = type(sys)("json"), type(sys)("os")
+lent[1].name, lent[1].fspath = "posix", posix.fspath
 import nftables
-del sys.modules["json"]
+del sys.modules["json"], sys.modules["os"]
 print(*{*sys.modules} - bare - {"cni_portmap"})
 """
 
@@ -41,7 +43,7 @@ PROTOCOL = {"cni_portmap", "cni_portmap.plugin", "cni_portmap.cni", "cni_portmap
 KERNEL = PROTOCOL | {"cni_portmap.portmap", "cni_portmap.ruleset", "cni_portmap.kernel", "cni_portmap.netlink",
                      "_struct"}
 LOCK = {"fcntl", "_signal"}  # _signal is part of the bare interpreter, or not
-NEVER = {"json", "re", "enum", "typing", "collections", "functools", "dataclasses", "ipaddress", "hashlib",
+NEVER = {"json", "os", "re", "enum", "typing", "collections", "functools", "dataclasses", "ipaddress", "hashlib",
          "subprocess", "logging", "pathlib", "socket", "signal", "site", "importlib.metadata", "jsonschema", "pyroute2",
          "cni_portmap.explain", "cni_portmap.cli", "cni_portmap.report", "cni_portmap.restore"}
 

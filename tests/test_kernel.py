@@ -186,7 +186,7 @@ def test_refused(error, says):
 
 
 def test_no_libnftables(monkeypatch):
-    """Without the binding the error names the package; nobody else sees the json that it was lent."""
+    """Without the binding the error names the package; nobody else sees the modules that it was lent."""
     monkeypatch.setitem(sys.modules, "nftables", None)
     for loaded in json, None:
         if loaded is None:
@@ -195,6 +195,27 @@ def test_no_libnftables(monkeypatch):
             Kernel().transact("add table inet a\n")
         assert caught.value.code == 5 and "python3-nftables" in caught.value.details
         assert sys.modules.get("json") is loaded
+
+
+LATER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from cni_portmap.kernel import _import, _Later
+stand_in = _Later("fractions", known=1)
+stand_in.step_in()
+import fractions
+assert fractions is stand_in and fractions.known == 1 and "decimal" not in sys.modules
+assert fractions.Fraction(1, 2) and sys.modules["fractions"] is not stand_in
+found = _import("ctypes")
+assert found.CDLL("libc.so.6").getpid() > 0 and "os" not in sys.modules
+import os
+assert os.path.join and found.CDLL(None)
+"""
+
+
+def test_later():
+    """What is asked of a module that is stood in for is there, and nobody else ever sees the stand-in."""
+    subprocess.run(["/usr/bin/python3", "-IS", "-c", LATER, ROOT], timeout=60, check=True)
 
 
 # --- the lock -------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def floor() -> Sample:
 
 def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tuple[int, ...], ports: tuple[int, ...],
             rounds: int, seconds: float) -> None:
-    cells: list[Callable[[], Sample]] = []
+    cells: list[Callable[[], Sample]] = []  # no two of a subject in a row: an ADD waits for what a DEL leaves behind
 
     modern = [subject for subject in everybody if not subject.old]
     quick = [subject for subject in modern if subject.backend != "iptables"]  # that one takes a minute for 1,000 ports
@@ -63,9 +63,8 @@ def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tup
     for subject in everybody:
         cells.append(floor)
         lives([subject], "no ports", NONE)
-    for subject in everybody:  # side by side, because they are compared with each other
-        lives([subject], "1 TCP port", ONE)
-        lives([subject], "1 UDP port", ONE._replace(protocol="udp"))
+    lives(everybody, "1 TCP port", ONE)
+    lives(everybody, "1 UDP port", ONE._replace(protocol="udp"))
     lives(modern, "1 TCP port, IPv4 and IPv6", DUAL)
     for size in sizes:
         lives(everybody, "1 TCP port", ONE, size)
