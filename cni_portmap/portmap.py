@@ -6,8 +6,8 @@ so whoever is killed at any instant leaves all of it or nothing.
 from _socket import AF_INET, AF_INET6, inet_pton
 
 from . import ruleset
-from .cni import (CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NOT_AVAILABLE, PORT_IN_USE, PORT_TAKEN, TRY_AGAIN_LATER,
-                  CniError, warn)
+from .cni import (CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NFT_REFUSED, NOT_AVAILABLE, PORT_IN_USE, PORT_TAKEN,
+                  TRY_AGAIN_LATER, CniError, warn)
 from .config import DEFAULT_MARK_BIT, Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -36,6 +36,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         base = _base([attachment], kernel)
         if base:  # once a boot, and first: nobody opens localhost without the guard
             kernel.transact(base)
+            _prove([attachment], kernel)
         _open_localhost(attachment, kernel)
         kernel.transact(_detach(replaced, owned, kept_by_none, kernel) + _attach(attachment, elsewhere, kernel))
     _forget_elsewhere(new, attachment, kernel)
@@ -180,12 +181,14 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             lost.append(attachment)
             commands.append(_attach(attachment, elsewhere, kernel))
         replaced = [*dict.fromkeys(replaced)]
-        text = _base([*in_place, *lost], kernel) if in_place or lost else ""
+        text = base = _base([*in_place, *lost], kernel) if in_place or lost else ""
         text += _detach(replaced, kernel.elements_of(replaced), (), kernel) + "".join(commands)
         if text and not dry_run:
             for attachment in lost:
                 _open_localhost(attachment, kernel)
             kernel.transact(text)
+            if base:
+                _prove([*in_place, *lost], kernel)
     return lost, refused
 
 
@@ -324,6 +327,13 @@ def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:
         if chain == "postrouting":
             bits |= ruleset.bits_of(there)
     return ruleset.base(missing, wrong, bits) if missing or wrong or kernel.is_dormant() else ""
+
+
+def _prove(attachments: "Iterable[Attachment]", kernel: "Kernel") -> None:
+    """Raise CniError(100) if the base has no rules though it was just written."""
+    if _base(attachments, kernel):
+        raise CniError(NFT_REFUSED, "libnftables is too old: it writes chains without their rules",
+                       "1.0.7 is new enough, and Debian's 1.0.6-2+deb12u2")
 
 
 def _refuse_bound(attachment: Attachment, kernel: "Kernel") -> None:

@@ -187,7 +187,7 @@ _STANDBY = "also on "
 
 def stand_by(chain: str, ifname: str) -> str:
     """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too."""
-    return f'add rule {TABLE} {chain} continue comment "{_STANDBY}{ifname}"\n'
+    return "\n".join(_chain(chain, [f'continue comment "{_STANDBY}{ifname}"'])) + "\n"
 
 
 def standing_by(comments: "Iterable[str]") -> list[str]:
@@ -210,20 +210,31 @@ def bits_of(comments: "Iterable[str]") -> set[int]:
             if prefix in comment and comment.rpartition(prefix)[2].isdigit()}
 
 
+# Rules are written with their chain, and elements with their map, as nft lists them: for "add rule" and
+# "create element" libnftables 1.0 would first list all chains of the host (2 us each). "create chain" must be alone:
+# 1.0.6 forgets its rules.
+
+def _chain(chain: str, lines: "Iterable[str]") -> list[str]:
+    return [f"add chain {TABLE} {chain} {{", *lines, "}"]
+
+
+def _map(name: str, elements: str = "") -> str:
+    return f"add map {TABLE} {name} {{ type {MAPS[name]} : verdict; {elements}}}"
+
+
 def base(missing: "Iterable[str]", wrong: "Iterable[str]", bits: "Iterable[int]") -> str:
     """Commands that make the table, its `missing` chains (names of BASE), and the `wrong` ones anew.
 
     A hooked chain is replaced, because another version may have hooked it elsewhere; what leads to `dispatch`
     forbids that there. `bits`: the mark bits that `postrouting` has to masquerade.
     """
-    lines = [f"add table {TABLE}"]
-    lines += (f"add map {TABLE} {name} {{ type {key} : verdict; }}" for name, key in MAPS.items())
+    lines = [f"add table {TABLE}", *(_map(name) for name in MAPS)]
     for chain in (name for name in BASE if name in missing or name in wrong):
         hook = BASE[chain][0]
         if chain in wrong:
             lines.append(f"{'delete' if hook else 'flush'} chain {TABLE} {chain}")
-        lines.append(f"add chain {TABLE} {chain} {{ {hook} }}" if hook else f"add chain {TABLE} {chain}")
-        lines += (f'add rule {TABLE} {chain} {rule} comment "{comment}"' for rule, comment in base_rules(chain, bits))
+        rules = (f'{rule} comment "{comment}"' for rule, comment in base_rules(chain, bits))
+        lines += _chain(chain, [hook, *rules] if hook else rules)
     return "\n".join(lines) + "\n"
 
 
@@ -233,19 +244,18 @@ def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = (
     `elsewhere`: the elements (map, key) that lead to the container through another of its interfaces, and stay.
     """
     chain = chain_of(attachment.container_id, attachment.ifname)
-    lines = [f"create chain {TABLE} {chain}"]
-    lines += (f"add rule {TABLE} {chain} {rule}" for rule in rules_of(attachment))
+    lines = [f"create chain {TABLE} {chain}", *_chain(chain, rules_of(attachment))]
     own = [(map_of(port), key_of(port)) for port in attachment.ports]
     return "\n".join(lines) + "\n" + lead([element for element in own if element not in elsewhere], chain)
 
 
 def lead(elements: "Sequence[tuple[str, bytes]]", chain: str) -> str:
-    """Commands that make new elements (map, key) lead to a chain; the kernel refuses those that exist."""
+    """Commands that make elements (map, key) lead to a chain; the kernel refuses those that lead to another."""
     text = ""
     for name in MAPS:
         keys = ", ".join(f"{element_of(name, key)} : goto {chain}" for its_map, key in elements if its_map == name)
         if keys:
-            text += f"create element {TABLE} {name} {{ {keys} }}\n"
+            text += _map(name, f"elements = {{ {keys} }}; ") + "\n"
     return text
 
 
@@ -262,8 +272,7 @@ def detach(chains: "Iterable[str]", elements: "Iterable[tuple[str, bytes]]") -> 
 def probe(family: int, conditions: str) -> str:
     """Commands, for a dry run, that show whether nft takes `conditions` as a match."""
     table = f"inet {TABLE_NAME}_probe"
-    return f"add table {table}\nadd chain {table} probe\n" \
-           f"add rule {table} probe meta nfproto ipv{family} {conditions}\n"
+    return f"add table {table}\nadd chain {table} probe {{\nmeta nfproto ipv{family} {conditions}\n}}\n"
 
 
 def rules_of(attachment: Attachment) -> "Iterator[str]":

@@ -280,7 +280,7 @@ class World:
         self.log[-1] += f": {verb} {describe(what)} at {instant}"
         _, expected = self.outcome(verb, what, self.model)
         harness.call(verb, what, stop_at=instant).answer()
-        self.settle([self.model, expected])
+        self.settle([self.model, expected, Model(self.model.owned, expected.base)])  # ADD repairs the base first
 
     def race(self) -> None:
         """Calls at the same time: answers and outcome are those of one order or another."""

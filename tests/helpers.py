@@ -3,7 +3,7 @@ import contextlib
 import inspect
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -21,7 +21,7 @@ PREV_RESULT = {"cniVersion": "1.1.0",
 
 
 class RecordingKernel:
-    """Stands in for kernel.Kernel, and models nothing.
+    """Stands in for kernel.Kernel, and models nothing but that the base is there once something was written.
 
     `calls` records each call as (method, arguments...), and ("unlock",). An answer is the value given under the
     method's name, or what it returns if it can be called; without one, that of a host with an empty ruleset. The call
@@ -29,9 +29,9 @@ class RecordingKernel:
     """
 
     EMPTY: ClassVar[dict[str, Any]] = {"has_chain": False, "comments": [], "owners": [], "lookup": {},
-                                       "elements_of": [], "claimants": [], "targets": {}, "inode": INODE,
-                                       "is_dead": False, "is_dormant": False, "picture": [], "references": 0,
-                                       "dry_run": "", "is_bound": False, "allow_localhost6": "",
+                                       "loses_rules": False, "elements_of": [], "claimants": [], "targets": {},
+                                       "inode": INODE, "is_dead": False, "is_dormant": False, "picture": [],
+                                       "references": 0, "dry_run": "", "is_bound": False, "allow_localhost6": "",
                                        "local_addresses": set()}
 
     def __init__(self, fails_at: int = 0, **answers: Any) -> None:
@@ -47,6 +47,8 @@ class RecordingKernel:
             if len(self.calls) == self.fails_at:
                 raise cni.CniError(cni.IO_FAILURE, f"{name} failed")
             answer = self.answers.get(name)
+            if name == "comments" and not self.answers["loses_rules"]:
+                answer = self._base_comments(*arguments) or answer
             return answer(*arguments) if callable(answer) else answer
         return call
 
@@ -57,6 +59,9 @@ class RecordingKernel:
             yield
         finally:
             self.calls.append(("unlock",))
+
+    def _base_comments(self, chain: str) -> list[str]:
+        return base_comments(range(32)).get(chain, []) if self.written else []
 
     def named(self, *names: str) -> list[tuple[Any, ...]]:
         """The calls of these methods."""
@@ -107,6 +112,6 @@ def elements(attached: config.Attachment) -> list[tuple[str, bytes]]:
     return [(ruleset.map_of(port), ruleset.key_of(port)) for port in attached.ports]
 
 
-def base_comments(bits: tuple[int, ...] = (13,)) -> dict[str, list[str]]:
+def base_comments(bits: Iterable[int] = (13,)) -> dict[str, list[str]]:
     """The comments of each chain of an intact base table."""
     return {chain: [comment for _, comment in ruleset.base_rules(chain, bits)] for chain in ruleset.BASE}

@@ -61,6 +61,15 @@ def test_add():
     assert not kernel.named("owners", "picture", "dry_run", "is_bound", "owner")
 
 
+def test_old_libnftables():
+    """One that drops the rules of a chain is found out before anything is published."""
+    kernel = RecordingKernel(loses_rules=True)
+    error = add(kernel)
+    assert error.code == 100 and "libnftables" in error.msg and kernel.written == [BASE]
+    with pytest.raises(cni.CniError, match="libnftables"):
+        portmap.restore([WEB], RecordingKernel(loses_rules=True))
+
+
 def test_add_order():
     """Rules are read and written under the lock; localhost is opened before, connections are forgotten after."""
     kernel = RecordingKernel(**INTACT)
@@ -187,7 +196,7 @@ def test_second_interface_again():
     """Who stands by already isn't noted twice."""
     kernel = RecordingKernel(**noted(["eth1"]))
     assert add(kernel, environ={**VARIABLES, "CNI_IFNAME": "eth1"}, prevResult=UNBOUND) is None
-    assert "also on" not in kernel.written[0] and "create element" not in kernel.written[0]
+    assert "also on" not in kernel.written[0] and "elements = " not in kernel.written[0]
 
 
 @pytest.mark.parametrize("notes, wanted, leads", [
@@ -203,7 +212,7 @@ def test_heirs(notes, wanted, leads):
     [text] = kernel.written
     assert text.startswith(ruleset.detach([FIRST], elements(WEB)))
     assert all(ruleset.lead(those, chain) in text for chain, those in leads.items())
-    assert text.count("create element") == len(leads)
+    assert text.count("elements = ") == len(leads)
     assert text.count("also on") == (len(leads) if len(wanted) > 1 else 0)
 
 
@@ -245,7 +254,7 @@ def test_hashed_name_is_own():
     kernel = RecordingKernel(**holding(dict.fromkeys(elements(found), theirs), "".join(ruleset.record_of(found))))
     assert add(kernel, environ={**HASHED, "CNI_IFNAME": "eth0"},
                prevResult={"ips": [{"address": "10.88.0.2/16"}]}) is None
-    assert "create element" not in kernel.written[0]
+    assert "elements = " not in kernel.written[0]
 
 
 @pytest.mark.parametrize("value, refused", [(None, False), ("ignore", False), ("refuse", True)])
