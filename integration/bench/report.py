@@ -103,6 +103,8 @@ def markdown(results: Results, wanted: list[Target], subjects: list[str], about:
              _table(["", ""], [[name, str(value)] for name, value in about.items()]), *_ratios(results, wanted)]
     sections: list[tuple[str, Callable[[Key], bool]]] = [
         ("Process (ms)", lambda key: key.unit == "ms" and "," not in key.measure and "connections" not in key.what),
+        ("Publishing (ms): a call that publishes a port, less one that does not",
+         lambda key: key.measure.endswith("publishing")),
         ("Processors' time of these processes (ms)", lambda key: key.measure.endswith("processor") and
          key.what in ("no ports", "1 TCP port")),
         ("Peak memory (MiB): the process, and the largest child beside it", lambda key: key.unit == "MiB"),
