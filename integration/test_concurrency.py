@@ -83,7 +83,7 @@ def test_everything_at_once(host):
 
 
 @contextlib.contextmanager
-def foreign_changes(limit: float = 60) -> Iterator[None]:
+def foreign_changes(limit: float = 300) -> Iterator[None]:
     """Somebody else changes a table of their own without a pause, while the block runs and at most for `limit` s."""
     harness.nft("add table inet other", "add chain inet other busy", "add set inet other ips { type ipv4_addr; }")
     pid = os.fork()
