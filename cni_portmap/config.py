@@ -357,12 +357,20 @@ def parse_conditions(config: dict[str, object], key: str) -> str:
             inside = not inside
         for piece in word.translate(_BRACES).split():
             if '"' not in piece and not _is_literal(piece):
-                for letters in piece.translate(_NOT_LETTERS).split():  # nft reads 80accept as 80 accept
-                    if letters.lower() in _STATEMENTS:
-                        raise Refused(key, f"nft match text only; {letters!r} is not a match")
+                for letters in piece.translate(_NOT_LETTERS).split():
+                    if statement := _statement_in(letters.lower()):
+                        raise Refused(key, f"nft match text only; {statement!r} is not a match")
     if inside:
         raise Refused(key, "nft match text with balanced braces, not nested")
     return " ".join(words)
+
+
+def _statement_in(letters: str) -> str:
+    """The statement that nft reads in letters, "" for none: 80accept is 80 accept for it, and 0xfflog is 0xff log."""
+    rest = letters.removeprefix("x")
+    while rest[:1] and rest not in _STATEMENTS and rest[0] in "abcdef":
+        rest = rest[1:]
+    return letters if letters in _STATEMENTS else rest if rest in _STATEMENTS else ""
 
 
 def _is_literal(piece: str) -> bool:
@@ -372,9 +380,10 @@ def _is_literal(piece: str) -> bool:
         return True
     except ValueError:
         pass
+    host, _, length = piece.partition("/")
     try:
-        parse_ip(piece.partition("/")[0], "")
-        return ":" in piece
+        parse_ip(host, "")
+        return ":" in host and (not length or (length.isascii() and length.isdigit()))
     except Refused:
         return False
 

@@ -34,9 +34,8 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         released = [item for item in owned if item[0] not in new]
         kept_by_none = [item for item in released if item[1] == chain]  # what a dead container had is nobody's
         base = _base([attachment], kernel)
-        if base:  # once a boot, and first: nobody opens localhost without the guard
-            kernel.transact(base)
-            _prove([attachment], kernel)
+        if base:
+            _write_base(base, kernel)
         _open_localhost(attachment, kernel)
         kernel.transact(_detach(replaced, owned, kept_by_none, kernel) + _attach(attachment, elsewhere, kernel))
     _forget_elsewhere(new, attachment, kernel)
@@ -142,53 +141,59 @@ def status(kernel: "Kernel") -> None:
 
 def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool = False) \
         -> "tuple[list[Attachment], list[tuple[Attachment, CniError]]]":
-    """Publish again, in one transaction, what of `attachments` the kernel has lost.
+    """Publish again what of `attachments` the kernel has lost: the base, then all of them in one transaction.
 
     Returns those that are published again, and those that cannot be, each with the reason. The first of two that
     claim one port gets it. `dry_run`: nothing is written.
     """
-    lost: list[Attachment] = []
-    in_place: list[Attachment] = []
-    commands: list[str] = []
+    asked: dict[str, tuple[Attachment, dict[tuple[str, bytes], str]]] = {}  # by chain, with where its elements lead
+    whole: set[str] = set()
+    anew: set[str] = set()
+    gone: set[str] = set()  # chains of the dead, and those that are written anew
     refused: list[tuple[Attachment, CniError]] = []
     claimed: dict[tuple[str, bytes], Attachment] = {}
-    replaced: list[str] = []
-    seen = set()
     with kernel.lock():
         for attachment in attachments:
             chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
-            if chain in seen:
+            if chain in asked:
                 continue  # two folders remember it
-            seen.add(chain)
-            wanted = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
-            found = kernel.lookup(wanted)
+            ports = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
+            found = kernel.lookup(ports)
+            asked[chain] = attachment, found
             if len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
-                    len(found) == len(wanted) and _home(found.values(), attachment, kernel).issuperset(found.values()):
-                claimed = dict.fromkeys(wanted, attachment) | claimed
-                in_place.append(attachment)
-                continue
-            try:
-                for element, port in wanted.items():
-                    _refuse_overlap(element, port, attachment, claimed)
-                dead, elsewhere = _settle(attachment, chain, kernel)
-            except CniError as error:
-                refused.append((attachment, error))
-                continue
-            replaced += dead + ([chain] if kernel.has_chain(chain) else [])
-            elsewhere |= {element: ruleset.chain_of(claimed[element].container_id, claimed[element].ifname)
-                          for element in wanted if element in claimed}
-            claimed = dict.fromkeys(wanted, attachment) | claimed
-            lost.append(attachment)
-            commands.append(_attach(attachment, elsewhere, kernel))
-        replaced = [*dict.fromkeys(replaced)]
-        text = base = _base([*in_place, *lost], kernel) if in_place or lost else ""
-        text += _detach(replaced, kernel.elements_of(replaced), (), kernel) + "".join(commands)
+                    len(found) == len(ports) and _home(found.values(), attachment, kernel).issuperset(found.values()):
+                whole.add(chain)
+            else:
+                try:
+                    for element, port in ports.items():
+                        _refuse_overlap(element, port, attachment, claimed)
+                    gone.update(_settle(attachment, chain, kernel)[0])
+                except CniError as error:
+                    refused.append((attachment, error))
+                    continue
+                anew.add(chain)
+            claimed = dict.fromkeys(ports, attachment) | claimed
+        gone |= anew
+        while bereft := {chain for chain in whole - gone if gone.intersection(asked[chain][1].values())}:
+            anew |= bereft  # they stand by for a chain that is written anew
+            gone |= bereft
+        lost = [attachment for chain, (attachment, _) in asked.items() if chain in anew]
+        base = _base([asked[chain][0] for chain in whole | anew], kernel) if whole or anew else ""
+        replaced = [chain for chain in sorted(gone) if kernel.has_chain(chain)]
+        text = _detach(replaced, kernel.elements_of(replaced), (), kernel)
+        leads: dict[tuple[str, bytes], str] = {}
+        for attachment in lost:
+            chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+            leads |= {element: other for element, other in asked[chain][1].items() if other not in gone}
+            own = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
+            text += _attach(attachment, {element: leads[element] for element in own if element in leads}, kernel)
+            leads = dict.fromkeys(own, chain) | leads
+        if base and not dry_run:
+            _write_base(base, kernel)
         if text and not dry_run:
             for attachment in lost:
                 _open_localhost(attachment, kernel)
             kernel.transact(text)
-            if base:
-                _prove([*in_place, *lost], kernel)
     return lost, refused
 
 
@@ -329,9 +334,13 @@ def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:
     return ruleset.base(missing, wrong, bits) if missing or wrong or kernel.is_dormant() else ""
 
 
-def _prove(attachments: "Iterable[Attachment]", kernel: "Kernel") -> None:
-    """Raise CniError(100) if the base has no rules though it was just written."""
-    if _base(attachments, kernel):
+def _write_base(text: str, kernel: "Kernel") -> None:
+    """Write the base, by itself and first: nobody opens localhost without the guard.
+
+    Raises CniError(100) where libnftables has dropped its rules, as it would drop an attachment's.
+    """
+    kernel.transact(text)
+    if kernel.has_chain("guard") and not kernel.comments("guard"):
         raise CniError(NFT_REFUSED, "libnftables is too old: it writes chains without their rules",
                        "1.0.7 is new enough, and Debian's 1.0.6-2+deb12u2")
 

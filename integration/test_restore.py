@@ -71,7 +71,7 @@ def restored(report: Any) -> list[str]:
 # --- what comes back ------------------------------------------------------------------------------------------
 
 def test_everything_comes_back(host, cache):
-    """What 50 containers had published is there again after one transaction; a second run writes nothing."""
+    """The base, then all that 50 containers had published is there again at once; a second run writes nothing."""
     namespace = lab.Namespace("shared")
     pods = [Pod(f"pod{i}", f"{9000 + i}:80", f"127.0.0.1:{9000 + i}:53/udp", netns=namespace.path,
                 ips=(f"10.20.0.{i + 2}/16", f"fd20::{i + 2}/64")) for i in range(50)]
@@ -82,10 +82,10 @@ def test_everything_comes_back(host, cache):
     flush()
     generation = harness.generation()
     assert restored(cache.restore(host)) == sorted(pod.chain for pod in pods)
-    assert harness.state() == before and harness.generation() == generation + 1
+    assert harness.state() == before and harness.generation() == generation + 2
     again = cache.restore(host)
     assert not again["restored"] and again["in_place"] == 50
-    assert harness.generation() == generation + 1
+    assert harness.generation() == generation + 2
     for pod in pods[::10]:
         assert not host.call("CHECK", pod).code
     host.delete(*pods[::10])
@@ -102,6 +102,42 @@ def test_dry_run(host, cache):
     assert restored(planned) == [web.chain] and planned["in_place"] == 1
     assert harness.state() == before and harness.generation() == generation
     assert cache.restore(host) == planned
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["holder first", "stand-by first"])
+@pytest.mark.parametrize("damage", ["flush table {}", "flush chain {} c/web/eth0", "flush chain {} c/web/eth1"])
+def test_who_stands_by(host, cache, damage, first):
+    """A port that two interfaces of a container publish is restored whichever is damaged, and remembered first."""
+    lab.Namespace("web")
+    both = (Pod("web", "8080:80", ips=("10.20.0.2/24",)),
+            Pod("web", "8080:80", ifname="eth1", network="wan", ips=("10.21.0.2/24",)))
+    host.add(*both)
+    for index, pod in enumerate(both):
+        path = cache.write(pod)
+        os.utime(path, (index ^ first, index ^ first))  # the oldest is read first
+    harness.nft(damage.format(TABLE))
+    cache.restore(host)
+    assert [*harness.elements()] == [("ipv4", "tcp", "8080")]
+    assert not cache.restore(host)["restored"]
+    for pod in both:
+        assert not host.call("CHECK", pod).code
+    holder, = harness.elements().values()
+    host.delete(*(pod for pod in both if pod.chain == holder))
+    assert [*harness.elements().values()] == [pod.chain for pod in both if pod.chain != holder]
+
+
+def test_localhost_stays_closed_without_the_guard(host, cache):
+    """Where the base cannot be written, localhost is not opened either."""
+    lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
+    cache.write(Pod("web", "8080:80"))
+    path = pathlib.Path("/proc/sys/net/ipv4/conf/to-web/route_localnet")
+    harness.nft(f"table {TABLE} {{ map hostip6_hostports {{ type inet_service : verdict; }}; }}")
+    command = host.executable.parent.parent / "sbin/cni-portmap"
+    done = subprocess.run([command, "restore", "--json", "--cache", cache.folder], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode and path.read_text() == "0\n", done
+    harness.nft(f"delete table {TABLE}")
+    assert restored(cache.restore(host)) == ["c/web/eth0"] and path.read_text() == "1\n"
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGES if name != "element stolen"])
@@ -299,12 +335,17 @@ def test_a_dead_owner_gives_way(host, cache):
 # --- all or nothing -------------------------------------------------------------------------------------------
 
 def test_killed_at_every_instant(host, cache):
-    """Killed at the beginning of each of its system calls, restore leaves all or nothing; the next one converges."""
+    """Killed at the beginning of each of its system calls, restore leaves all or nothing; the next one converges.
+
+    What all containers share is written first, and may be there alone.
+    """
     pods = alive(Pod("web", "8080:80"), Pod("dns", "53:53/udp"))
     for pod in pods:
         cache.write(pod)
     host.add(*pods)
     after = harness.state()
+    host.delete(*pods)
+    base = harness.state()
 
     def task() -> tuple[int, str]:
         live = [found for _, found in restore.remembered([cache.folder]) if isinstance(found, Attachment)]
@@ -317,8 +358,8 @@ def test_killed_at_every_instant(host, cache):
         harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
         killed = Fork(task, stop_at=len(seen)).killed
         found = harness.state()
-        assert found in ([], after), f"half-done when killed at system call {len(seen)}"
-        seen.append(bool(found))
+        assert found in ([], base, after), f"half-done when killed at system call {len(seen)}"
+        seen.append(found == after)
         if len(seen) % 5 == 0:
             assert not Fork(task).answer().code
             assert harness.state() == after

@@ -307,12 +307,26 @@ def test_conditions(items, expected):
     # nft's scanner ends a number where the letters of a word begin
     "tcp dport 80accept", "tcp dport 80counter", "tcp dport 80-90log", "ip saddr 10.0.0.1drop",
     "ip saddr 10.0.0.0/8jump x", "meta mark 0x1log", "tcp dport 80limit rate 1/second", "ip saddr @a&accept",
-    "ether saddr 02:00:00:00:00:01log", "tcp dport 80masquerade"])
+    "ether saddr 02:00:00:00:00:01log", "tcp dport 80masquerade",
+    # and takes as many letters into a hexadecimal number or an address as it can
+    "@th,16,0xcset 0x16", "@nh,64,0xaset 0x1", "meta mark 0xffnotrack", "meta mark 0xfflog", "meta mark 0xFFLOG",
+    "meta mark 0xfreset tcp option maxseg", "meta mark 0xfflimit rate 1/second", "ip6 saddr ::/0log",
+    "ip6 saddr ::/64notrack", "ip6 saddr ::/0counter", "ip6 saddr ::/0continue", "ip6 saddr ::/0accept",
+    "ip6 saddr ::flog", "ip6 saddr ::1-::flog", "ether saddr 02:00:00:00:00:0fnotrack", "meta mark 0xffreturn"])
 def test_conditions_refused(text):
     """Whatever could end the match, or is a statement, is refused before nft sees it."""
     for key in "conditionsV4", "conditionsV6":
         message, details = refusal(**{key: ["ip saddr 10.0.0.0/8", text]})
         assert message.startswith(key) and details.startswith("expected ")
+
+
+@pytest.mark.parametrize("text", [
+    "meta mark 0xadd", "ip6 saddr 2001:add::/32", "ip6 saddr fd00::add", "ct mark and 0xfadd == 0x1", "iifname \"log\"",
+    "ether saddr de:ad:be:ef:00:01", "ct state established,related", "ip dscp cs1", "fib saddr type unicast",
+    "meta cgroup 0xbadd", "ct expiration 1d2h", "tcp flags syn"])
+def test_conditions_with_letters(text):
+    """A number, an address or a name may have the letters of a statement in it."""
+    assert attachment(conditionsV6=[text]).conditions[6] == text
 
 
 @pytest.mark.parametrize("items, instead", [

@@ -63,11 +63,13 @@ def test_add():
 
 def test_old_libnftables():
     """One that drops the rules of a chain is found out before anything is published."""
-    kernel = RecordingKernel(loses_rules=True)
+    lossy = {"loses_rules": True, "has_chain": lambda chain: chain in ruleset.BASE}
+    kernel = RecordingKernel(**lossy)
     error = add(kernel)
-    assert error.code == 100 and "libnftables" in error.msg and kernel.written == [BASE]
+    assert error.code == 100 and "libnftables" in error.msg
+    assert len(kernel.written) == 1 and CHAIN not in kernel.written[0]
     with pytest.raises(cni.CniError, match="libnftables"):
-        portmap.restore([WEB], RecordingKernel(loses_rules=True))
+        portmap.restore([WEB], RecordingKernel(**lossy))
 
 
 def test_add_order():
@@ -613,11 +615,12 @@ def other(name, *ports, ifname="eth0"):
 
 
 def test_restore(kernel):
-    """What the kernel has lost is written again in one transaction, the base included, and localhost is opened."""
+    """What the kernel has lost is written again: the base, then, with localhost open, all the rest at once."""
     second = other("second", mapping(host_port=9))
     assert portmap.restore([WEB, second], kernel) == ([WEB, second], [])
-    assert kernel.written == [BASE + ruleset.attach(WEB) + ruleset.attach(second)]
-    assert len(kernel.named("allow_localnet")) == 2 and kernel.calls[0] == ("lock",)
+    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second)]
+    assert kernel.calls[0] == ("lock",) and [name for name, *_ in kernel.named("transact", "allow_localnet")] == \
+        ["transact", "allow_localnet", "allow_localnet", "transact"]
 
 
 def test_restore_dry_run(kernel):
@@ -640,7 +643,7 @@ def test_restore_conflict(kernel, ours, theirs, conflict):
     restored, refused = portmap.restore([first, second], kernel)
     assert restored == ([first] if conflict else [first, second])
     assert [(each, error.code) for each, error in refused] == [(second, 101)] * conflict
-    assert len(kernel.written) == 1 and all("container first" in error.args[0] for _, error in refused)
+    assert len(kernel.written) == 2 and all("container first" in error.args[0] for _, error in refused)
 
 
 def test_restore_two_interfaces(kernel):
@@ -648,7 +651,30 @@ def test_restore_two_interfaces(kernel):
     first, second = other("web-1"), other("web-1", ifname="eth1")
     assert portmap.restore([first, second], kernel) == ([first, second], [])
     both = ruleset.attach(first) + ruleset.attach(second, elements(second))
-    assert kernel.written == [BASE + both + ruleset.stand_by(CHAIN, "eth1")]
+    assert kernel.written == [BASE, both + ruleset.stand_by(CHAIN, "eth1")]
+
+
+@pytest.mark.parametrize("damaged", [[CHAIN], ["c/web-1/eth1"], [CHAIN, "c/web-1/eth1"]], ids=len)
+@pytest.mark.parametrize("order", [1, -1])
+def test_restore_who_stands_by(damaged, order):
+    """Whichever of a container's interfaces is damaged or comes first, the port leads to one that is written."""
+    both = [other("web-1"), other("web-1", ifname="eth1")]
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN), record="net=lab"))
+    kernel.answers["has_chain"] = lambda chain: True
+    notes = {CHAIN: [""] * 9 + ["also on eth1"], "c/web-1/eth1": [""] * 9}
+    kernel.answers["comments"] = lambda chain: base_comments().get(chain) or \
+        (notes[chain] if chain not in damaged else [])
+    restored, refused = portmap.restore(both[::order], kernel)
+    assert not refused
+    if CHAIN in damaged:
+        assert restored == both[::order]
+        text, first = kernel.written[0], restored[0]
+        holder, second = (f"c/web-1/{each.ifname}" for each in restored)
+        assert text.endswith(ruleset.attach(first) + ruleset.attach(restored[1], elements(WEB)) +
+                             ruleset.stand_by(holder, restored[1].ifname)) and text.count("elements = ") == 1
+        assert text.startswith("delete element") and f"delete chain inet cni_portmap {second}\n" in text
+    else:
+        assert restored == both[1:] and "element" not in kernel.written[0]
 
 
 def test_restore_keeps_notes():
@@ -662,7 +688,7 @@ def test_restore_keeps_notes():
 def test_restore_twice_remembered(kernel):
     """An attachment that two folders remember is written once."""
     portmap.restore([WEB, attachment(PORT)], kernel)
-    assert kernel.written == [BASE + ruleset.attach(WEB)]
+    assert kernel.written == [BASE, ruleset.attach(WEB)]
 
 
 # --- failures -------------------------------------------------------------------------------------------------

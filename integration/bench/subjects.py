@@ -24,7 +24,7 @@ NETWORK, IFNAME, NETNS = "bench", "eth0", "/run/netns/measured"
 SUBNET = "10.88.0.0/16"
 ENVIRON = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CNI_PATH": "/opt/cni/bin", "CNI_IFNAME": IFNAME,
            "CNI_NETNS": NETNS}
-FLOWS = 200  # that a node has anyway
+FLOWS = 20  # of each node. Conntrack is one table for the machine: all of them make what a node has anyway
 INPUTS = pathlib.Path("/run/bench")  # a tmpfs, see lab.enter
 
 
