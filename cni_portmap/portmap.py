@@ -23,7 +23,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
     attachment.inode = kernel.inode(attachment.netns)
     _try_conditions(attachment, kernel)
-    new = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
+    new = ruleset.elements_for(attachment)
     with kernel.lock():
         replaced, elsewhere = _settle(attachment, chain, kernel)
         if kernel.has_chain(chain):
@@ -67,7 +67,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     """
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
     attachment.inode = kernel.inode(attachment.netns)
-    wanted = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
+    wanted = ruleset.elements_for(attachment)
     names = (*ruleset.BASE, chain)
     with kernel.lock():
         dormant = kernel.is_dormant()
@@ -157,11 +157,10 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
             if chain in asked:
                 continue  # two folders remember it
-            ports = {(ruleset.map_of(port), ruleset.key_of(port)): port for port in attachment.ports}
+            ports = ruleset.elements_for(attachment)
             found = kernel.lookup(ports)
             asked[chain] = attachment, found
-            if len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
-                    len(found) == len(ports) and _home(found.values(), attachment, kernel).issuperset(found.values()):
+            if _is_whole(attachment, chain, found, kernel):
                 whole.add(chain)
             else:
                 try:
@@ -185,7 +184,7 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
         for attachment in lost:
             chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
             leads |= {element: other for element, other in asked[chain][1].items() if other not in gone}
-            own = [(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports]
+            own = ruleset.elements_for(attachment)
             text += _attach(attachment, {element: leads[element] for element in own if element in leads}, kernel)
             leads = dict.fromkeys(own, chain) | leads
         if base and not dry_run:
@@ -248,7 +247,7 @@ def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
         else:
             raise CniError(PORT_TAKEN, f"{port} is already published by {its_owner}",
                            f"its network namespace {its_owner.netns or '(unknown)'} is alive")
-    own = {(ruleset.map_of(port), ruleset.key_of(port)) for port in attachment.ports}
+    own = ruleset.elements_for(attachment)
     return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
 
 
@@ -257,6 +256,12 @@ def _home(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> 
     own = ruleset.chain_of(attachment.container_id, attachment.ifname)
     return {chain for chain in {*chains}
             if chain == own or kernel.owner(chain).container_id == attachment.container_id}
+
+
+def _is_whole(attachment: Attachment, chain: str, found: dict[tuple[str, bytes], str], kernel: "Kernel") -> bool:
+    """Whether nothing was removed of what `attachment` published. `found`: where its elements lead to."""
+    return len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
+        len(found) == len(attachment.ports) and _home(found.values(), attachment, kernel).issuperset(found.values())
 
 
 def _attach(attachment: Attachment, elsewhere: dict[tuple[str, bytes], str], kernel: "Kernel") -> str:

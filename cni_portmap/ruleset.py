@@ -145,6 +145,11 @@ def key_of(port: Port) -> bytes:
     return first + bytes((PROTOCOL_NUMBERS[port.protocol], 0, 0, 0)) + port.host_port.to_bytes(2, "big") + b"\0\0"
 
 
+def elements_for(attachment: Attachment) -> dict[tuple[str, bytes], Port]:
+    """The elements (map, key) that publish the ports of `attachment`, each with its port."""
+    return {(map_of(port), key_of(port)): port for port in attachment.ports}
+
+
 def element_of(map_name: str, key: bytes) -> str:
     """nft's text for a key, such as "ipv4 . tcp . 8080"."""
     first = key[:-8]
@@ -245,8 +250,8 @@ def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = (
     """
     chain = chain_of(attachment.container_id, attachment.ifname)
     lines = [f"create chain {TABLE} {chain}", *_chain(chain, rules_of(attachment))]
-    own = [(map_of(port), key_of(port)) for port in attachment.ports]
-    return "\n".join(lines) + "\n" + lead([element for element in own if element not in elsewhere], chain)
+    own = [element for element in elements_for(attachment) if element not in elsewhere]
+    return "\n".join(lines) + "\n" + lead(own, chain)
 
 
 def lead(elements: "Sequence[tuple[str, bytes]]", chain: str) -> str:

@@ -159,6 +159,11 @@ class Machine:
         self.write("/opt/image.tar", archive.getvalue())
         self.run(*command.split(), "/opt/image.tar")
 
+    def whom_server_sees(self, source: str, ip: str, port: int, protocol: str) -> str:
+        """The address that the server behind a published port sees of `client` or `host`; "nobody" if none came."""
+        saw = lab.exchange(self.client if source == "client" else lab.HOST, ip, port, protocol)
+        return saw.peer if saw else "nobody"
+
 
 def _add(tar: tarfile.TarFile, path: str, content: bytes) -> None:
     info = tarfile.TarInfo(path)
