@@ -1,5 +1,6 @@
 """Tests without root: no namespace, no ruleset, nothing outside of temporary folders (one exception: test_imports)."""
 import pathlib
+import re
 import sys
 
 import hypothesis
@@ -26,6 +27,7 @@ def kernel() -> helpers.RecordingKernel:
 def executable(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The plugin as runtimes start it, with this checkout's modules."""
     path = tmp_path_factory.mktemp("bin") / "portmap"
-    path.write_text((ROOT / "scripts/portmap").read_text().replace("@PREFIX@", str(ROOT)))
+    launcher = (ROOT / "scripts/portmap").read_text()
+    path.write_text(re.sub(r"(?m)^sys\.path\.insert.*", f'sys.path.insert(0, "{ROOT}")', launcher))
     path.chmod(0o755)
     return path

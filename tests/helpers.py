@@ -32,7 +32,8 @@ class RecordingKernel:
                                        "loses_rules": False, "elements_of": [], "claimants": [], "targets": {},
                                        "inode": INODE, "is_dead": False, "is_dormant": False, "picture": [],
                                        "references": 0, "dry_run": "", "is_bound": False, "allow_localhost6": "",
-                                       "local_addresses": set()}
+                                       "local_addresses": set(), "interface_to_open": "", "opened_and_gone": [],
+                                       "notes_opened": True, "has_table": True}
 
     def __init__(self, fails_at: int = 0, **answers: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []

@@ -29,7 +29,8 @@ class Broken:
 READS = {"has_chain": ["x"], "comments": ["x"], "owner": ["x"], "owners": [], "rules": [],
          "lookup": [[("hostports", bytes(12))]], "elements": [], "elements_of": [["x"]], "targets": [["x"]],
          "claimants": ["hostports", [bytes(8)]], "picture": ["x"], "references": ["x"], "is_dormant": [],
-         "set_elements": [b"x\0"], "dnat_rules": ["x"], "wanted_by": ["x"]}
+         "set_elements": [b"x\0"], "has_table": [], "notes_opened": [], "opened": [], "opened_and_gone": [],
+         "dnat_rules": ["x"], "wanted_by": ["x"]}
 
 
 @pytest.mark.parametrize("method", READS)
@@ -321,31 +322,57 @@ def test_is_bound_elsewhere():
 
 @pytest.fixture
 def sysctl(monkeypatch, tmp_path):
-    """route_localnet of the interface that a route leads to, in a temporary folder."""
+    """route_localnet of the interface cni0, which a route leads to, as a temporary file."""
     monkeypatch.setattr(kernel, "route_interface", lambda family, ip: 7)
-    monkeypatch.setattr(kernel, "if_indextoname", lambda index: f"../../../../..{tmp_path}")
-    return tmp_path / "route_localnet"
+    monkeypatch.setattr(kernel, "if_indextoname", lambda index: "cni0")
+    monkeypatch.setattr(kernel, "_localnet", lambda interface: str(tmp_path / f"{interface}-route_localnet"))
+    return tmp_path / "cni0-route_localnet"
 
 
-def test_allow_localnet(sysctl):
-    """It is set where it isn't, and not written where it is."""
-    for before in "0", "1":
-        sysctl.write_text(before + "\n")
-        sysctl.chmod(0o600 if before == "0" else 0o400)
-        Kernel().allow_localnet("10.88.0.2")
-        assert sysctl.read_text() == "1\n"
+def test_interface_to_open(sysctl):
+    """The interface is named where it is closed, and nothing is written by asking."""
+    for value, name in ("0\n", "cni0"), ("1\n", ""):
+        sysctl.write_text(value)
+        assert Kernel().interface_to_open("10.88.0.2") == name
+        assert Kernel().interface_to_open("10.88.0.2", True) == "cni0"
+        assert sysctl.read_text() == value and Kernel().localnet("cni0") == (not name)
 
 
-def test_allow_localnet_fails(sysctl, monkeypatch):
+def test_set_localnet(sysctl):
+    """It is opened and closed."""
+    sysctl.write_text("0\n")
+    for value in True, False:
+        Kernel().set_localnet("cni0", value)
+        assert Kernel().localnet("cni0") == value
+
+
+def test_cannot_open(sysctl, monkeypatch):
     """Where it can't be set the error names the file; without a route there is nothing to set."""
-    with pytest.raises(CniError, match="route_localnet") as caught:
-        Kernel().allow_localnet("10.88.0.2")
-    assert caught.value.code == 5
+    for failing in (lambda: Kernel().interface_to_open("10.88.0.2"), lambda: Kernel().set_localnet("cni0", True)):
+        with pytest.raises(CniError, match=r"cannot write 1 to .*route_localnet") as caught:
+            failing()
+        assert caught.value.code == 5
 
     def no_route(family, ip):
         raise OSError(101, "no route")
     monkeypatch.setattr(kernel, "route_interface", no_route)
-    Kernel().allow_localnet("10.88.0.2")
+    assert Kernel().interface_to_open("10.88.0.2") == ""
+
+
+def test_odd_interface(sysctl, monkeypatch):
+    """The kernel takes names that nft text does not: such an interface is not opened, since it can't be noted."""
+    monkeypatch.setattr(kernel, "if_indextoname", lambda index: 'x";drop')
+    with pytest.raises(CniError, match="x") as caught:
+        Kernel().interface_to_open("10.88.0.2")
+    assert caught.value.code == 5
+
+
+def test_opened():
+    """The names that the table notes; others may have written there what is no name, or none of an interface."""
+    keys = [name.ljust(16, b"\0") for name in (b"lo", b"nobody0", b"../all", b"a;b", b"\xff", b"")]
+    host = reading(raw_elements=lambda name: [bytes(4) + nested(3, *(nested(1, nested(1, attribute(1, key)))
+                                                                    for key in keys))])
+    assert (host.opened(), host.opened_and_gone()) == (["lo", "nobody0"], ["nobody0"])
 
 
 @pytest.mark.parametrize("bridged, kind, code, says", [

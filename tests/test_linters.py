@@ -5,15 +5,15 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-SHELL = [path for folder in ("scripts", ".ci") for path in sorted((ROOT / folder).iterdir())
-         if path.read_bytes().startswith(b"#!/bin/sh\n")]
+SHELL = [path for folder in ("scripts", ".ci", "integration/*") for path in sorted(ROOT.glob(f"{folder}/*"))
+         if path.is_file() and path.read_bytes().startswith((b"#!/bin/sh\n", b"# shellcheck shell=sh\n"))]
 BASH = sorted((ROOT / "conf").glob("*.bash"))
 
 
 @pytest.mark.parametrize("tool, arguments", [
     ("ruff", ["check", "--no-cache", "--quiet", "--output-format=concise"]),
     ("mypy", ["--cache-dir=/dev/null", "--python-executable=/usr/bin/python3"]),
-    ("shellcheck", SHELL), ("shellcheck", ["--shell=bash", *BASH])], ids=["ruff", "mypy", "sh", "bash"])
+    ("shellcheck", ["-x", *SHELL]), ("shellcheck", ["--shell=bash", *BASH])], ids=["ruff", "mypy", "sh", "bash"])
 def test_linter(tool, arguments):
     """Nothing to complain about."""
     if not shutil.which(tool):
@@ -24,4 +24,4 @@ def test_linter(tool, arguments):
 
 def test_shell_scripts_are_found():
     """The list that shellcheck gets is not empty for a reason of ours."""
-    assert {"install", "test", "run"} <= {path.name for path in SHELL} and BASH
+    assert {"install", "test", "run", "packages", "steps"} <= {path.name for path in SHELL} and BASH

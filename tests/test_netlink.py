@@ -11,7 +11,7 @@ import pytest
 from cni_portmap import netlink
 from cni_portmap.netlink import attribute, attributes, nested
 
-EPERM, ENOENT, EINTR, EEXIST, EINVAL = 1, 2, 4, 17, 22
+EPERM, ENOENT, ESRCH, EINTR, EEXIST, EINVAL = 1, 2, 3, 4, 17, 22
 ERROR, DONE, MULTI, INTERRUPTED = 2, 3, 2, 0x10
 
 
@@ -323,14 +323,16 @@ def test_no_dnat_rule(raw):
 # --- routes, addresses, links ---------------------------------------------------------------------------------
 
 def test_route_interface(wire):
-    """The interface that a route leads to; 0 if it leads to none; an OSError without a route."""
+    """The interface that a route leads to; 0 if it leads to none or to a gateway; an OSError without a route."""
     for ip, family, size, packed in (("10.0.0.1", socket.AF_INET, 32, b"\x0a\0\0\1"),
                                      ("fd::1", socket.AF_INET6, 128, socket.inet_pton(socket.AF_INET6, "fd::1"))):
         there = wire(message(24, bytes(12) + attribute(4, struct.pack("=I", 7))) + error(0))
         assert netlink.route_interface(4 if size == 32 else 6, ip) == 7
         assert there.sent == [(26, 5, bytes((family, size)) + bytes(10) + attribute(1, packed))]
-    wire(message(24, bytes(12)) + error(0))
-    assert netlink.route_interface(4, "10.0.0.1") == 0
+    gateway = attribute(4, struct.pack("=I", 7)) + attribute(5, b"\x0a\0\0\2")
+    for route in b"", gateway, attribute(4, struct.pack("=I", 7)) + attribute(18, bytes(18)):
+        wire(message(24, bytes(12) + route) + error(0))
+        assert netlink.route_interface(4, "10.0.0.1") == 0
     wire(error(101))
     with pytest.raises(OSError, match="netlink"):
         netlink.route_interface(4, "10.0.0.1")
@@ -347,6 +349,41 @@ def test_add_local_route(wire):
     wire(error(EPERM))
     with pytest.raises(PermissionError):
         netlink.add_local_route("::1", 7, 4096)
+
+
+def test_delete_local_route(wire):
+    """The same route; one that is gone is fine."""
+    for code in 0, ESRCH:
+        there = wire(error(code))
+        netlink.delete_local_route("::1", 7, 4096)
+        assert there.sent[0][0] == 25
+        assert there.sent[0][2] == netlink._local_route("::1", 7, 4096)
+    wire(error(EPERM))
+    with pytest.raises(PermissionError):
+        netlink.delete_local_route("::1", 7, 4096)
+
+
+def test_local_routes(wire):
+    """Ours are known by table, protocol, type, address and metric; the kernel's own and everybody else's are not."""
+    ours = netlink._local_route("::1", 7, 4096)
+    others = [netlink._local_route("::1", 8, 0), netlink._local_route("fd::1", 9, 4096),
+              ours[:5] + b"\2" + ours[6:], ours[:4] + b"\xfe" + ours[5:], ours[:12]]
+    wire(b"".join(message(24, route, MULTI) for route in (*others, ours)), DONE_MESSAGE)
+    assert netlink.local_routes("::1", 4096) == [7]
+
+
+def test_all_rules(wire):
+    """Table, chain and expressions of the families that translate IPv4; not of ip6, bridge or netdev."""
+    found = [bytes((family,)) + rule("x", b"", b"raw!")[1:] for family in (1, 2, 5, 7, 10)]
+    wire(b"".join(message(10 << 8 | 6, each, MULTI) for each in found), DONE_MESSAGE)
+    assert [*netlink.all_rules()] == [("cni_portmap", "x", b"raw!")] * 2
+
+
+def test_has_set(wire):
+    """A set that is there, and one that is not."""
+    for answer, there in (message(10 << 8 | 9, bytes(4)), True), (error(ENOENT, 1), False):
+        wire(answer)
+        assert netlink.NfTables("cni_portmap").has_set("x") == there
 
 
 def test_local_addresses(wire):

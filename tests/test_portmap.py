@@ -46,11 +46,14 @@ def add(kernel, *ports, **keys):
 # --- ADD ------------------------------------------------------------------------------------------------------
 
 def test_first_add(kernel):
-    """The first ADD of a host writes the base, and opens localhost only then: the guard is part of it."""
+    """The first ADD of a host writes the base, and opens localhost only then: the guard is part of it.
+
+    What it opens is noted before, so that somebody can close it whenever this process dies.
+    """
+    kernel.answers["interface_to_open"] = "cni0"
     assert add(kernel) is None
-    assert kernel.written == [BASE, ruleset.attach(WEB)]
-    assert [name for name, *_ in kernel.named("transact", "allow_localnet")] == ["transact", "allow_localnet",
-                                                                                 "transact"]
+    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.note_opened(["cni0"])]
+    assert kernel.named("transact", "set_localnet")[-1] == ("set_localnet", "cni0", True)
 
 
 def test_add():
@@ -73,14 +76,15 @@ def test_old_libnftables():
 
 
 def test_add_order():
-    """Rules are read and written under the lock; localhost is opened before, connections are forgotten after."""
-    kernel = RecordingKernel(**INTACT)
+    """Rules are read and written and localhost is opened under the lock; connections are forgotten after."""
+    kernel = RecordingKernel(**INTACT, interface_to_open="cni0")
     add(kernel, mapping(protocol="udp"), conditionsV4=["ip saddr 10.0.0.1"])
     order = [call[0] for call in kernel.calls]
     lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
-    assert set(order[:lock]) == {"inode", "dry_run"} and transact + 1 == unlock
+    assert set(order[:lock]) == {"inode", "dry_run"}
+    assert order[transact + 1:unlock] == ["set_localnet", "allow_localhost6"]
     assert set(order[unlock + 1:]) == {"forget"}
-    assert {"allow_localnet", "allow_localhost6", "lookup", "comments"} <= set(order[lock:transact])
+    assert {"interface_to_open", "lookup", "comments"} <= set(order[lock:transact])
 
 
 def test_add_again():
@@ -136,7 +140,7 @@ def test_conflict(ours, theirs, conflict):
     error = add(kernel, mapping(**ours))
     assert (error is not None) == conflict
     if conflict:
-        assert error.code == 101 and not kernel.named("transact", "allow_localnet", "allow_localhost6", "forget")
+        assert error.code == 101 and not kernel.named("transact", "set_localnet", "allow_localhost6", "forget")
         words = ["tcp", "8080", "container other", "interface eth0", "network theirs"]
         assert all(word in error.args[0] for word in words)
         assert "/run/netns/other" in error.details
@@ -324,11 +328,47 @@ def test_base_mark_bits():
     ([{}], {"localhostIPv6": False}, True, False),
     ([{}], {"prevResult": {"ips": [{"address": "10.88.0.2/16"}]}}, True, False),
     ([{}], {"prevResult": {"ips": [{"address": "fd88::2/64"}]}}, False, True)])
-def test_localhost(kernel, ports, keys, v4, v6):
+def test_localhost(ports, keys, v4, v6):
     """Localhost is opened towards the container only where it is published there, and replies can be masqueraded."""
+    kernel = RecordingKernel(interface_to_open="cni0")
     add(kernel, *(mapping(**port) for port in ports), **keys)
-    assert kernel.named("allow_localnet") == [("allow_localnet", "10.88.0.2")] * v4
+    assert kernel.named("interface_to_open") == [("interface_to_open", "10.88.0.2", False)] * v4
+    assert kernel.named("set_localnet") == [("set_localnet", "cni0", True)] * v4
+    assert ruleset.note_opened(["cni0"] * v4) in kernel.written[-1]
     assert kernel.named("allow_localhost6") == [("allow_localhost6", "fd88::2")] * v6
+
+
+def test_localhost_is_open(kernel):
+    """What is open already was opened by somebody else: it is neither noted nor written."""
+    add(kernel)
+    assert not kernel.named("set_localnet") and kernel.written[-1] == ruleset.attach(WEB)
+
+
+def test_localhost_fails():
+    """An interface that cannot be opened fails ADD before the attachment is written."""
+    kernel = RecordingKernel(**INTACT)
+    kernel.answers["interface_to_open"] = lambda *_: (_ for _ in ()).throw(cni.CniError(5, "read-only"))
+    assert add(kernel).code == 5 and not kernel.written
+
+
+@pytest.mark.parametrize("noted, opened", [(True, []), (False, ["cni0"])])
+def test_upgrade_notes_what_is_open(monkeypatch, noted, opened):
+    """A table of 0.1.0 does not say what was opened: whoever writes the new base notes it."""
+    monkeypatch.setattr("cni_portmap.localhost.interfaces_of_published", lambda kernel: ["cni0"])
+    old = {chain: [comment.replace(f"{ruleset.VERSION}:", "1:") for comment in comments]
+           for chain, comments in base_comments().items()}
+    kernel = RecordingKernel(has_chain=True, comments=lambda chain: old.get(chain, []), notes_opened=noted)
+    assert portmap.repair_base(kernel)
+    assert kernel.written == [ruleset.base((), ruleset.BASE, {13}) + ruleset.note_opened(opened)]
+
+
+def test_repair_base():
+    """Only a table that is there is repaired, and nothing is written that is not needed, or in a dry run."""
+    for answers, needed in (INTACT, False), ({"has_table": False}, False), ({}, True):
+        for dry_run in False, True:
+            kernel = RecordingKernel(**answers)
+            assert portmap.repair_base(kernel, dry_run) == needed
+            assert kernel.written == [BASE] * (needed and not dry_run)
 
 
 def test_localhost6_impossible(capfd):
@@ -615,18 +655,26 @@ def other(name, *ports, ifname="eth0"):
 
 
 def test_restore(kernel):
-    """What the kernel has lost is written again: the base, then, with localhost open, all the rest at once."""
+    """What the kernel has lost is written again: the base, then all the rest at once; then localhost is opened."""
+    kernel.answers["interface_to_open"] = "cni0"
     second = other("second", mapping(host_port=9))
     assert portmap.restore([WEB, second], kernel) == ([WEB, second], [])
-    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second)]
-    assert kernel.calls[0] == ("lock",) and [name for name, *_ in kernel.named("transact", "allow_localnet")] == \
-        ["transact", "allow_localnet", "allow_localnet", "transact"]
+    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second) + ruleset.note_opened(["cni0"])]
+    assert kernel.calls[0] == ("lock",)
+    assert [name for name, *_ in kernel.named("transact", "set_localnet")] == ["transact", "transact", "set_localnet"]
+
+
+def test_restore_after_a_flush(kernel):
+    """With the table its notes are gone: what leads to the restored is taken for opened by this plugin."""
+    kernel.answers.update(notes_opened=False, interface_to_open=lambda ip, anyway: "cni0" if anyway else "")
+    portmap.restore([WEB], kernel)
+    assert kernel.written[-1] == ruleset.attach(WEB) + ruleset.note_opened(["cni0"])
 
 
 def test_restore_dry_run(kernel):
     """A dry run says the same, and writes nothing."""
     assert portmap.restore([WEB], kernel, dry_run=True) == ([WEB], [])
-    assert not kernel.named("transact", "allow_localnet", "allow_localhost6")
+    assert not kernel.named("transact", "set_localnet", "allow_localhost6")
 
 
 def test_restore_nothing_lost():
