@@ -13,6 +13,8 @@ from .config import Attachment
 from .explain import violations
 from .kernel import Kernel, leave
 from .report import published, ranges
+from .ruleset import TABLE
+from .teardown import teardown
 
 RED, PLAIN = "\033[31m", "\033[0m"
 
@@ -55,8 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--cache", metavar="DIR", action="append", help="a results folder of libcni, in place of "
                      f"{', '.join(restore.CACHES)} (may be repeated)")
     sub.add_argument("--plugin", metavar="TYPE", default="portmap", help="its type in conflists (default: portmap)")
+    sub.add_argument("--base-only", action="store_true", help="repair only what all containers share, such as the "
+                     "guard of localhost")
     sub = command("gc", _gc, "remove what containers left behind whose network namespace is gone")
     sub.add_argument("--dry-run", action="store_true", help="show what would be removed, and write nothing")
+    sub = command("teardown", _teardown, "close localhost and remove the whole table, before an uninstallation")
+    sub.add_argument("--force", action="store_true", help="also while containers are published: their ports stop "
+                     "answering")
+    sub.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
     sub = command("validate", _validate, "check the portmap part of a CNI configuration file")
     sub.add_argument("file", type=pathlib.Path, metavar="FILE", help="a .conflist or .conf file")
     sub.add_argument("--plugin", metavar="TYPE", default="portmap", help="the plugin's type in it (default: portmap)")
@@ -101,7 +109,10 @@ def _name(attachment: Attachment) -> dict[str, object]:
 
 
 def _restore(options: argparse.Namespace, kernel: Kernel) -> int:
-    live, skipped = [], []
+    live: list[Attachment] = []
+    skipped: list[dict[str, str]] = []
+    if options.base_only:
+        return _repair_base(options, kernel)
     for path, found in restore.remembered(options.cache or restore.CACHES, options.plugin):
         if isinstance(found, Attachment):
             live.append(found)
@@ -124,6 +135,16 @@ def _restore(options: argparse.Namespace, kernel: Kernel) -> int:
     return 1 if refused else 0
 
 
+def _repair_base(options: argparse.Namespace, kernel: Kernel) -> int:
+    repaired = portmap.repair_base(kernel, options.dry_run)
+    if options.json:
+        print(json.dumps({"repaired": repaired}))
+    else:
+        print(("would repair" if options.dry_run else "repaired") + " what containers share" if repaired else
+              "nothing to repair")
+    return 0
+
+
 def _gc(options: argparse.Namespace, kernel: Kernel) -> int:
     dead = [owner for owner in kernel.owners() if kernel.is_dead(owner)]
     if not options.dry_run:
@@ -135,6 +156,32 @@ def _gc(options: argparse.Namespace, kernel: Kernel) -> int:
         for owner in dead:
             print(f"{'would remove' if options.dry_run else 'removed'} {owner}: {owner.netns} is gone")
         print(f"{len(dead)} dead" + (" (dry run)" if options.dry_run else ""))
+    return 0
+
+
+def _teardown(options: argparse.Namespace, kernel: Kernel) -> int:
+    done = teardown(kernel, options.force, options.dry_run)
+    published = [{"container": owner.container_id, "interface": owner.ifname, "network": owner.network, "dead": dead}
+                 for owner, dead in done.published]
+    if options.json:
+        print(json.dumps({"published": published, "removed": done.removed, **done.closing._asdict()}, indent=2))
+        return 0 if done.removed else 1
+    for owner, dead in done.published:
+        print(f"published: {owner}" + (", whose network namespace is gone" if dead else ""),
+              file=sys.stdout if done.removed else sys.stderr)
+    if not done.removed:
+        print("cni-portmap: nothing was removed, because these containers are published\n"
+              "  stop them (cni-portmap gc: those that are gone), or say --force: their ports stop answering",
+              file=sys.stderr)
+        return 1
+    would = "would close" if options.dry_run else "closed"
+    for name in done.closing.ipv4:
+        print(f"{would} 127.0.0.0/8 on {name}")
+    for name in done.closing.ipv6:
+        print(f"{would} ::1 on {name}")
+    for name, reason in done.closing.left_open.items():
+        print(f"127.0.0.0/8 stays open on {name}, without a guard: {reason}")
+    print(f"{'would remove' if options.dry_run else 'removed'} table {TABLE}")
     return 0
 
 

@@ -148,7 +148,7 @@ def is_name(value: str) -> bool:
     return value[:1] in _ALNUM and _NAME.issuperset(value) if value else False
 
 
-def _is_ifname(value: str) -> bool:
+def is_ifname(value: str) -> bool:
     """Whether the kernel (dev_valid_name) takes `value` as an interface name, and it cannot leave nft text."""
     return 0 < len(value) <= 15 and value not in (".", "..") and _IFNAME.issuperset(value)
 
@@ -157,10 +157,11 @@ def _is_path(value: str) -> bool:
     return "\0" not in value
 
 
+IFNAME = "1 to 15 of letters, digits and '_.-@+~=,', and neither '.' nor '..'"
 _VARIABLES = {
     "CNI_CONTAINERID": (is_name, "letters, digits, '_', '.' and '-', beginning with a letter or digit"),
     "CNI_NETNS": (_is_path, "a path"),
-    "CNI_IFNAME": (_is_ifname, "1 to 15 of letters, digits and '_.-@+~=,', and neither '.' nor '..'"),
+    "CNI_IFNAME": (is_ifname, IFNAME),
 }
 
 

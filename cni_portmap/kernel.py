@@ -6,11 +6,12 @@ one CniError that says what to do. libnftables is loaded for the first transacti
 import posix
 import sys
 from _socket import (AF_INET, AF_INET6, AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV6_V6ONLY, SCM_RIGHTS, SO_REUSEADDR,
-                     SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, if_indextoname, socket, socketpair)
+                     SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, if_indextoname, if_nametoindex, socket, socketpair)
 from _struct import pack
 
 from . import ruleset, see_packages
-from .cni import FOREIGN_TABLE, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, give_up, is_serving, warn
+from .cni import (FOREIGN_TABLE, IFNAME, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, give_up, is_ifname,
+                  is_serving, warn)
 from .netlink import (Conntrack, NfTables, DnatRule, add_local_route, attributes, expressions, link_kind,
                       list_elements, local_addresses, route_interface)
 
@@ -259,12 +260,16 @@ class Kernel:
 
     def is_dormant(self) -> bool:
         """Whether somebody put the table to sleep: `add table inet cni_portmap { flags dormant; }`."""
-        return bool(self._flags() & 1)
+        return bool((self._flags() or 0) & 1)
 
-    def _flags(self) -> int:
-        """The flags of our table (enum nft_table_flags)."""
+    def has_table(self) -> bool:
+        """Whether our table is there."""
+        return self._flags() is not None
+
+    def _flags(self) -> int | None:
+        """The flags of our table (enum nft_table_flags), None where there is no such table."""
         try:
-            return self._table.flags() or 0
+            return self._table.flags()
         except OSError as error:
             raise failure(READING, error) from None
 
@@ -288,8 +293,8 @@ class Kernel:
         if problem:
             hint = "nothing was written"
             if "Operation not permitted" in problem:
-                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self._flags() & 2 else \
-                    HINTS[EPERM]
+                owned = (self._flags() or 0) & 2
+                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if owned else HINTS[EPERM]
             raise CniError(NFT_REFUSED, f"nftables refused: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
@@ -350,25 +355,61 @@ class Kernel:
             probe.close()
         return False
 
-    def allow_localnet(self, ip: str) -> None:
-        """Let packets from 127.0.0.0/8 leave through the interface that leads to `ip`, and no other.
+    def interface_to_open(self, ip: str, anyway: bool = False) -> str:
+        """The interface that leads to `ip` and does not yet let packets from 127.0.0.0/8 out; "" for none.
+
+        `anyway`: also where it lets them out. Raises CniError(5) where `set_localnet` could not open it.
+        """
+        name = interface_to(4, ip)
+        if not name or (self.localnet(name) and not anyway):
+            return ""
+        if not is_ifname(name):
+            raise CniError(IO_FAILURE, f"interface {name!r} leads to the container, and cannot be noted in nftables",
+                           f"give it a name of {IFNAME}")
+        path = _localnet(name)
+        try:
+            posix.close(posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC))
+        except OSError as error:
+            raise failure(f"cannot write 1 to {path}", error) from None
+        return name
+
+    def localnet(self, name: str) -> bool:
+        """Whether packets from 127.0.0.0/8 may leave through the interface `name`; False where it is gone."""
+        try:
+            return _read(_localnet(name)) == b"1"
+        except OSError as error:
+            raise failure(f"cannot read {_localnet(name)}", error) from None
+
+    def set_localnet(self, name: str, value: bool) -> None:
+        """Let packets from 127.0.0.0/8 leave through the interface `name`, or let them no more.
 
         Source: net.ipv4.conf.*.route_localnet, Documentation/networking/ip-sysctl.rst.
         """
         try:
-            path = f"/proc/sys/net/ipv4/conf/{if_indextoname(route_interface(4, ip))}/route_localnet"
-        except OSError:
-            return  # no route: the container cannot be reached yet, from here or from anywhere
-        try:
-            if _read(path) == b"1":
-                return
-            fd = posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC)
+            fd = posix.open(_localnet(name), posix.O_WRONLY | posix.O_CLOEXEC)
             try:
-                posix.write(fd, b"1")
+                posix.write(fd, b"1" if value else b"0")
             finally:
                 posix.close(fd)
         except OSError as error:
-            raise failure(f"cannot write 1 to {path}", error) from None
+            raise failure(f"cannot write {value:d} to {_localnet(name)}", error) from None
+
+    def notes_opened(self) -> bool:
+        """Whether the table notes what was opened: that of cni-portmap 0.1.0 did not."""
+        try:
+            return self._table.has_set(ruleset.OPENED)
+        except OSError as error:
+            raise failure(READING, error) from None
+
+    def opened(self) -> "list[str]":
+        """The interfaces that this plugin has opened to 127.0.0.0/8, as its table notes them."""
+        names = (key.rstrip(b"\0").decode(errors="replace")
+                 for key, _ in self.set_elements(f"{ruleset.OPENED}\0".encode()))
+        return [name for name in names if is_ifname(name)]
+
+    def opened_and_gone(self) -> "list[str]":
+        """Those of `opened` that do not exist any more."""
+        return [name for name in self.opened() if not _is_interface(name)]
 
     def allow_localhost6(self, ip: str) -> str:
         """Let replies to ::1 in through the interface that leads to `ip`; why that is not possible, or "".
@@ -377,6 +418,8 @@ class Kernel:
         """
         try:
             interface = route_interface(6, ip)
+            if not interface:
+                return f"no interface leads to {ip}"
             if _read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and link_kind(interface) == "bridge":
                 return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
             add_local_route("::1", interface, LOCALHOST_METRIC)
@@ -435,6 +478,28 @@ def _forget_listed(conntrack: Conntrack, family: int, port: int, is_stale: "Call
                     return True
     conntrack.forget_each(stale)
     return False
+
+
+def interface_to(family: int, ip: str) -> str:
+    """The name of the interface that a container's address is directly behind.
+
+    "" where it cannot be reached yet, from here or from anywhere.
+    """
+    try:
+        return if_indextoname(route_interface(family, ip))
+    except OSError:
+        return ""
+
+
+def _localnet(interface: str) -> str:
+    return f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"
+
+
+def _is_interface(name: str) -> bool:
+    try:
+        return bool(if_nametoindex(name))
+    except OSError:
+        return False
 
 
 def _read(path: str, size: int = 1) -> bytes:

@@ -127,7 +127,8 @@ class Socket:
 # --- nf_tables ------------------------------------------------------------------------------------------------
 
 _NFPROTO_INET = bytes((1, 0, 0, 0))  # nfgenmsg: family, version, resource
-_GETTABLE, _GETCHAIN, _GETRULE, _GETSETELEM = (10 << 8 | message for message in (1, 4, 7, 13))
+_NFPROTO_IPV4 = 2
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = (10 << 8 | message for message in (1, 4, 7, 10, 13))
 
 
 def _name(kind: int, name: str) -> bytes:
@@ -152,6 +153,10 @@ class NfTables:
         """A chain's attributes (enum nft_chain_attributes), None where there is no such chain."""
         answer = self._netlink.ask_each(_GETCHAIN, [_NFPROTO_INET + _name(1, self._table) + _name(3, chain)])[0]
         return None if answer is None else dict(attributes(answer, 4))
+
+    def has_set(self, name: str) -> bool:
+        """Whether the table has a set or map of that name."""
+        return self._netlink.ask_each(_GETSET, [_NFPROTO_INET + _name(1, self._table) + _name(2, name)])[0] is not None
 
     def rules(self, chain: str = "") -> "Iterator[tuple[str, str, bytes]]":
         """Chain, comment and expressions (raw) of the rules of `chain`, or of all chains."""
@@ -182,6 +187,14 @@ class NfTables:
             if error.errno != ENOENT:
                 raise
             return []
+
+
+def all_rules() -> "Iterator[tuple[str, str, bytes]]":
+    """Table, chain and expressions (raw) of the rules of every table that translates IPv4 (families ip and inet)."""
+    for answer in Socket(NETLINK_NETFILTER).dump(_GETRULE, bytes(4)):
+        if answer[0] in (_NFPROTO_INET[0], _NFPROTO_IPV4):
+            found = dict(attributes(answer, 4))
+            yield _text(found.get(1, b"")), _text(found.get(2, b"")), found.get(4, b"")
 
 
 def list_elements(answer: bytes) -> "Iterator[bytes]":
@@ -384,31 +397,59 @@ class Conntrack:
 
 # --- routes, addresses, links ---------------------------------------------------------------------------------
 
-_GETLINK, _GETADDR, _NEWROUTE, _GETROUTE = 18, 22, 24, 26
+_GETLINK, _GETADDR, _NEWROUTE, _DELROUTE, _GETROUTE = 18, 22, 24, 25, 26
 _CREATE, _APPEND = 0x400, 0x800
 _RT_TABLE_LOCAL, _RTPROT_STATIC, _RTN_LOCAL = 255, 4, 2
-EEXIST = 17
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_VIA = 1, 4, 5, 6, 18
+ESRCH, EEXIST = 3, 17
 
 
 def route_interface(family: int, ip: str) -> int:
-    """The index of the interface that this host would send packets for `ip` to; 0 for none."""
+    """The index of the interface that `ip` is directly behind; 0 for none, or where a gateway is between.
+
+    So it is never the uplink, where the default route leads all that has no route of its own (any more).
+    """
     address = inet_pton(_FAMILIES[family], ip)
-    body = bytes((_FAMILIES[family], len(address) * 8)) + bytes(10) + attribute(1, address)  # rtmsg, RTA_DST
-    answer = Socket(NETLINK_ROUTE).ask(_GETROUTE, body)[0]
-    return int.from_bytes(dict(attributes(answer, 12)).get(4, b""), "little")  # RTA_OIF
+    body = bytes((_FAMILIES[family], len(address) * 8)) + bytes(10) + attribute(_RTA_DST, address)  # rtmsg
+    route = dict(attributes(Socket(NETLINK_ROUTE).ask(_GETROUTE, body)[0], 12))
+    return 0 if _RTA_GATEWAY in route or _RTA_VIA in route else int.from_bytes(route.get(_RTA_OIF, b""), "little")
+
+
+def _local_route(ip: str, interface: int, metric: int) -> bytes:
+    """rtmsg and attributes of: local <ip> dev <interface> table local proto static metric <metric>."""
+    address = inet_pton(AF_INET6, ip)
+    return bytes((AF_INET6, len(address) * 8, 0, 0, _RT_TABLE_LOCAL, _RTPROT_STATIC, 0, _RTN_LOCAL, 0, 0, 0, 0)) + \
+        attribute(_RTA_DST, address) + attribute(_RTA_OIF, interface.to_bytes(4, "little")) + \
+        attribute(_RTA_PRIORITY, metric.to_bytes(4, "little"))
 
 
 def add_local_route(ip: str, interface: int, metric: int) -> None:
     """ip -6 route add local <ip> dev <interface> table local metric <metric>, if it is not there."""
-    address = inet_pton(AF_INET6, ip)
-    body = bytes((AF_INET6, len(address) * 8, 0, 0, _RT_TABLE_LOCAL, _RTPROT_STATIC, 0, _RTN_LOCAL, 0, 0, 0, 0)) + \
-        attribute(1, address) + attribute(4, interface.to_bytes(4, "little")) + \
-        attribute(6, metric.to_bytes(4, "little"))  # RTA_DST, RTA_OIF, RTA_PRIORITY
-    try:
-        Socket(NETLINK_ROUTE).ask(_NEWROUTE, body, _CREATE | _APPEND)  # beside those of other interfaces
+    try:  # beside those of other interfaces
+        Socket(NETLINK_ROUTE).ask(_NEWROUTE, _local_route(ip, interface, metric), _CREATE | _APPEND)
     except OSError as error:
         if error.errno != EEXIST:
             raise
+
+
+def delete_local_route(ip: str, interface: int, metric: int) -> None:
+    """Undo `add_local_route`; a route that is gone already is no error."""
+    try:
+        Socket(NETLINK_ROUTE).ask(_DELROUTE, _local_route(ip, interface, metric))
+    except OSError as error:
+        if error.errno != ESRCH:
+            raise
+
+
+def local_routes(ip: str, metric: int) -> list[int]:
+    """The indexes of the interfaces for which `add_local_route` has added a route."""
+    address, found = inet_pton(AF_INET6, ip), []
+    for answer in Socket(NETLINK_ROUTE).dump(_GETROUTE, bytes((AF_INET6,)) + bytes(11)):  # rtmsg
+        route = dict(attributes(answer, 12))
+        if answer[4:8] == bytes((_RT_TABLE_LOCAL, _RTPROT_STATIC, 0, _RTN_LOCAL)) and \
+                route.get(_RTA_DST) == address and route.get(_RTA_PRIORITY) == metric.to_bytes(4, "little"):
+            found.append(int.from_bytes(route[_RTA_OIF], "little"))
+    return found
 
 
 def local_addresses() -> set[bytes]:

@@ -36,10 +36,12 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         base = _base([attachment], kernel)
         if base:
             _write_base(base, kernel)
-        _open_localhost(attachment, kernel)
-        kernel.transact(_detach(replaced, owned, kept_by_none, kernel) + _attach(attachment, elsewhere, kernel))
+        closed = _closed_to_localhost([attachment], kernel)
+        kernel.transact(_detach(replaced, owned, kept_by_none, kernel) + _attach(attachment, elsewhere, kernel) +
+                        ruleset.note_opened(closed))
+        _open_localhost([attachment], closed, kernel)
     _forget_elsewhere(new, attachment, kernel)
-    _forget_released(released, targets, kernel)
+    forget_released(released, targets, kernel)
 
 
 def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
@@ -56,8 +58,8 @@ def remove(chains: "Iterable[str]", kernel: "Kernel") -> None:
         there = [chain for chain in chains if kernel.has_chain(chain)]
         owned, targets = kernel.elements_of(there), kernel.targets(there)
         if there:
-            kernel.transact(_detach(there, owned, owned, kernel))
-    _forget_released(owned, targets, kernel)
+            kernel.transact(_detach(there, owned, owned, kernel) + ruleset.forget_opened(kernel.opened_and_gone()))
+    forget_released(owned, targets, kernel)
 
 
 def check(attachment: Attachment, kernel: "Kernel") -> None:
@@ -187,13 +189,23 @@ def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool
             own = ruleset.elements_for(attachment)
             text += _attach(attachment, {element: leads[element] for element in own if element in leads}, kernel)
             leads = dict.fromkeys(own, chain) | leads
+        forgotten = bool(base) and not kernel.notes_opened()  # the table was gone: what is open now, we had opened
         if base and not dry_run:
             _write_base(base, kernel)
         if text and not dry_run:
-            for attachment in lost:
-                _open_localhost(attachment, kernel)
-            kernel.transact(text)
+            closed = _closed_to_localhost(lost, kernel, forgotten)
+            kernel.transact(text + ruleset.note_opened(closed))
+            _open_localhost(lost, closed, kernel)
     return lost, refused
+
+
+def repair_base(kernel: "Kernel", dry_run: bool = False) -> bool:
+    """Repair what all containers share, where the table exists; whether there was anything to repair."""
+    with kernel.lock():
+        text = _base([], kernel) if kernel.has_table() else ""
+        if text and not dry_run:
+            _write_base(text, kernel)
+    return bool(text)
 
 
 # --- the steps ------------------------------------------------------------------------------------------------
@@ -336,7 +348,13 @@ def _base(attachments: "Iterable[Attachment]", kernel: "Kernel") -> str:
                                f"that this plugin did not write", f"see: nft -a list chain {ruleset.TABLE} {chain}")
         if chain == "postrouting":
             bits |= ruleset.bits_of(there)
-    return ruleset.base(missing, wrong, bits) if missing or wrong or kernel.is_dormant() else ""
+    if not missing and not wrong and not kernel.is_dormant():
+        return ""
+    text = ruleset.base(missing, wrong, bits)
+    if wrong and not kernel.notes_opened():
+        from .localhost import interfaces_of_published
+        text += ruleset.note_opened(interfaces_of_published(kernel))
+    return text
 
 
 def _write_base(text: str, kernel: "Kernel") -> None:
@@ -358,18 +376,36 @@ def _refuse_bound(attachment: Attachment, kernel: "Kernel") -> None:
                            f"see which: ss -lnp sport = :{port.host_port}")
 
 
-def _open_localhost(attachment: Attachment, kernel: "Kernel") -> None:
-    """Make this host's localhost able to reach the container, where it is published there."""
-    if attachment.mark_bit is None:
-        return  # without masquerading no reply would find back
-    for family, address in attachment.addresses.items():
-        ips = {port.host_ip for port in attachment.ports if port.family == family}
-        if family == 4 and ("" in ips or any(ip.startswith("127.") for ip in ips)):
-            kernel.allow_localnet(address.ip)
-        if family == 6 and attachment.localhost6 and ips & {"", "::1"}:
-            obstacle = kernel.allow_localhost6(address.ip)
+def _closed_to_localhost(attachments: "Iterable[Attachment]", kernel: "Kernel", anyway: bool = False) -> "list[str]":
+    """The interfaces that must be opened to 127.0.0.0/8, because `attachments` publish ports there.
+
+    `anyway`: also those that are open.
+    """
+    found = [kernel.interface_to_open(attachment.addresses[4].ip, anyway) for attachment in attachments
+             if _on_localhost(attachment, 4)]
+    return [name for name in dict.fromkeys(found) if name]
+
+
+def _open_localhost(attachments: "Iterable[Attachment]", closed: "Iterable[str]", kernel: "Kernel") -> None:
+    """Make this host's localhost able to reach the containers that are published there.
+
+    `closed`: the interfaces that have to be opened. They are noted by now, so what is opened can be closed again.
+    """
+    for name in closed:
+        kernel.set_localnet(name, True)
+    for attachment in attachments:
+        if _on_localhost(attachment, 6):
+            obstacle = kernel.allow_localhost6(attachment.addresses[6].ip)
             if obstacle:
                 warn(f"published ports do not answer on [::1]: {obstacle}")
+
+
+def _on_localhost(attachment: Attachment, family: int) -> bool:
+    """Whether an attachment publishes ports on this host's localhost, and replies find back (masquerading)."""
+    if attachment.mark_bit is None or (family == 6 and not attachment.localhost6):
+        return False
+    ips = {port.host_ip for port in attachment.ports if port.family == family}
+    return any(not ip or ip == "::1" or ip.startswith("127.") for ip in ips)
 
 
 # Flows that conntrack still sends where they should not go any more would black-hole a client for as long as it
@@ -407,7 +443,7 @@ def _forget_elsewhere(elements: "Iterable[tuple[str, bytes]]", attachment: Attac
         kernel.forget(protocol, filters, is_stale)
 
 
-def _forget_released(owned: "Iterable[tuple[tuple[str, bytes], str]]", targets: dict[str, set[bytes]],
+def forget_released(owned: "Iterable[tuple[tuple[str, bytes], str]]", targets: dict[str, set[bytes]],
                      kernel: "Kernel") -> None:
     """Forget the flows to ports that are not published any more, to the containers that they led to."""
     by_chain: dict[str, list[tuple[str, bytes]]] = {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TABLE_NAME = "cni_portmap"
 TABLE = f"inet {TABLE_NAME}"
 SIGN = "cni-portmap "  # begins the comment of each base rule, with
-VERSION = 1  # of the base, which goes up whenever BASE changes
+VERSION = 2  # of the base, which goes up whenever BASE changes
 COMMENT_MAX = 128  # bytes, NFTNL_UDATA_COMMENT_MAXLEN
 NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
 
@@ -35,6 +35,9 @@ MAPS = {
     "hostip4_hostports": "ipv4_addr . inet_proto . inet_service",
     "hostip6_hostports": "ipv6_addr . inet_proto . inet_service",
 }
+
+# The interfaces on which this plugin has set route_localnet from 0 to 1, so that it can set them back.
+OPENED = "localhost_interfaces"
 
 # chain: (its hook, its rules with what their comments say). `dispatch` first: others lead to it.
 BASE: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -46,6 +49,9 @@ BASE: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "guard": ("type filter hook prerouting priority raw; policy accept;", (
         ("iiftype != loopback ip daddr 127.0.0.0/8 counter drop", "no wire leads to our loopback (CVE-2020-8558)"),
         ("iiftype != loopback ip saddr 127.0.0.0/8 counter drop", "nor comes from it"),
+        # The kernel's own check of ::1 comes after prerouting where br_netfilter runs that hook on the bridge.
+        ("iiftype != loopback ip6 daddr ::1 counter drop", "the same for IPv6, which br_netfilter opens"),
+        ("iiftype != loopback ip6 saddr ::1 counter drop", "nor comes from it"),
     )),
     "prerouting": ("type nat hook prerouting priority dstnat; policy accept;", (
         ("fib daddr type local goto dispatch", "from the network and from containers"),
@@ -227,13 +233,30 @@ def _map(name: str, elements: str = "") -> str:
     return f"add map {TABLE} {name} {{ type {MAPS[name]} : verdict; {elements}}}"
 
 
+def _set(elements: str = "") -> str:
+    # typeof: a set that nft 1.1.2 or newer has written with `type` makes an older nft crash
+    return f"add set {TABLE} {OPENED} {{ typeof iifname; {elements}}}"
+
+
+def note_opened(interfaces: "Iterable[str]") -> str:
+    """The command that notes the interfaces (names) that are about to be opened to localhost."""
+    notes = ", ".join(f'"{name}" comment "route_localnet was 0"' for name in interfaces)
+    return _set(f"elements = {{ {notes} }}; ") + "\n" if notes else ""
+
+
+def forget_opened(interfaces: "Iterable[str]") -> str:
+    """The command that removes the notes of interfaces (names) that are gone."""
+    names = ", ".join(f'"{name}"' for name in interfaces)
+    return f"delete element {TABLE} {OPENED} {{ {names} }}\n" if names else ""
+
+
 def base(missing: "Iterable[str]", wrong: "Iterable[str]", bits: "Iterable[int]") -> str:
     """Commands that make the table, its `missing` chains (names of BASE), and the `wrong` ones anew.
 
     A hooked chain is replaced, because another version may have hooked it elsewhere; what leads to `dispatch`
     forbids that there. `bits`: the mark bits that `postrouting` has to masquerade.
     """
-    lines = [f"add table {TABLE}", *(_map(name) for name in MAPS)]
+    lines = [f"add table {TABLE}", *(_map(name) for name in MAPS), _set()]
     for chain in (name for name in BASE if name in missing or name in wrong):
         hook = BASE[chain][0]
         if chain in wrong:

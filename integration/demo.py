@@ -28,6 +28,9 @@ def main() -> int:
         told = f"{saw.server!r} answers, it saw {saw.peer}" if saw else "nobody answers"
         print(f"  {GREEN + 'ok  ' if fine else RED + 'FAIL'}{PLAIN}  {path:34} {address:26} {told}", flush=True)
 
+    if obstacle := lab.obstacle():
+        print(f"demo: {obstacle}", file=sys.stderr)
+        return 1
     lab.enter()
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="cni-portmap-demo-"))
     try:
@@ -71,8 +74,15 @@ def main() -> int:
             server.close()
     finally:
         shutil.rmtree(scratch)
-    title("It works." if not failures else f"{RED}{failures} failures{PLAIN}")
-    return 1 if failures else 0
+    if failures:
+        title(f"{RED}{failures} failures{PLAIN}")
+        return 1
+    title("It works. What next?")
+    print("""  scripts/install             install it here: /opt/cni/bin/portmap, and the command cni-portmap
+  cni-portmap list            who has which port
+  README.md                   how podman, containerd, Kubernetes and cnitool find it
+  scripts/test                every test; the machine's own network stays as it is""")
+    return 0
 
 
 if __name__ == "__main__":

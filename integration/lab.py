@@ -50,6 +50,36 @@ def enter() -> None:
     _become_host()
 
 
+def obstacle() -> str:
+    """Why no lab can be made here, and what to do, in one sentence; "" if it can. Tried in a process that ends."""
+    if os.geteuid():
+        return "a lab of network namespaces needs root: run it as root"
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        reason = "this process may not make network namespaces (CAP_SYS_ADMIN, CAP_NET_ADMIN): run it on a machine, " \
+                 "or in a privileged container"
+        try:
+            _call(_libc.unshare(CLONE_NEWNET | CLONE_NEWNS))
+            _call(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+            reason = "there is no veth or bridge in this kernel: boot the distribution's own, or load the modules " \
+                     "(modprobe veth bridge)"
+            run("ip", "link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
+            run("ip", "link", "add", "bridge0", "type", "bridge")
+            reason = "this kernel has no nf_tables: boot the distribution's own, or load it (modprobe nf_tables)"
+            run("nft", "add", "table", "inet", "x")
+            reason = ""
+        except (OSError, AssertionError):
+            pass
+        os.write(write, reason.encode())
+        os._exit(0)
+    os.close(write)
+    with open(read) as answer:
+        reason = answer.read()
+    os.waitpid(pid, 0)
+    return reason
+
+
 @contextlib.contextmanager
 def fresh_host() -> Iterator[None]:
     """Another network namespace plays the host, for this thread, until the end of the block."""
@@ -600,3 +630,8 @@ def restored_table() -> Iterator[None]:
     before = table()
     yield
     assert table() == before
+
+
+if __name__ == "__main__":  # for scripts/test: whether a lab can be made here
+    print(obstacle())
+    raise SystemExit(bool(obstacle()))

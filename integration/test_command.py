@@ -118,6 +118,40 @@ def test_restore(bin_dir, web, tmp_path):
     assert lab.table() == before
 
 
+def test_restore_base_only(bin_dir, web):
+    """What all share is repaired, and nothing that a container has lost; without a table there is nothing to repair."""
+    assert "nothing" in command(bin_dir, "restore", "--base-only")
+    before = lab.table()
+    lab.run("nft", "delete", "chain", "inet", "cni_portmap", "guard")
+    lab.run("nft", "flush", "chain", "inet", "cni_portmap", ruleset.chain_of(web.id, "eth0"))
+    damaged = lab.table()
+    assert "would repair" in command(bin_dir, "restore", "--base-only", "--dry-run") and lab.table() == damaged
+    assert json.loads(command(bin_dir, "restore", "--base-only", "--json")) == {"repaired": True}
+    assert "chain guard" in lab.table() and lab.table() != before
+    lab.run("nft", "delete", "table", "inet", "cni_portmap")
+    assert "nothing" in command(bin_dir, "restore", "--base-only") and lab.table() == ""
+
+
+def test_teardown(bin_dir, network, web):
+    """It refuses while containers are published, and names them; then it closes, and removes the table."""
+    gone = lab.Container(network, "gone", [{"hostPort": 1, "containerPort": 1}])
+    gone.namespace.remove()
+    before = lab.table()
+    refusal = command(bin_dir, "teardown", status=1)
+    assert web.id in refusal and "--force" in refusal
+    assert [line for line in refusal.splitlines() if "is gone" in line and gone.id in line]
+    report = json.loads(command(bin_dir, "teardown", "--json", status=1))
+    assert {each["container"]: each["dead"] for each in report["published"]} == {web.id: False, gone.id: True}
+    assert not report["removed"]
+    report = json.loads(command(bin_dir, "teardown", "--force", "--dry-run", "--json"))
+    assert (report["ipv4"], report["ipv6"], report["left_open"]) == (["cmd0"], ["cmd0"], {})
+    assert "would close 127.0.0.0/8 on cmd0" in command(bin_dir, "teardown", "--force", "--dry-run")
+    assert lab.table() == before
+    assert "closed ::1 on cmd0" in command(bin_dir, "teardown", "--force")
+    assert lab.table() == "" and not lab.run("ip", "-6", "route", "show", "table", "local", "metric", "4096")
+    assert "removed" in command(bin_dir, "teardown")
+
+
 def test_ten_thousand_ports(bin_dir, network):
     """Ten thousand containers with a port each are listed in two seconds, four on a busy machine."""
     lab.run("nft", "-f", "-", input=ruleset.base(ruleset.BASE, (), [13]))

@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def test_killed_at_every_instant(host, name):
 
 
 def test_localhost_is_never_open_without_the_guard(host):
-    """At no instant of a host's first ADD does route_localnet let anything in (CVE-2020-8558)."""
+    """At no instant of a host's first ADD does route_localnet let anything in (CVE-2020-8558), or nobody closes it."""
     lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
     path, opened = pathlib.Path("/proc/sys/net/ipv4/conf/to-web/route_localnet"), []
     for instant in itertools.count():
@@ -117,7 +118,8 @@ def test_localhost_is_never_open_without_the_guard(host):
         if not harness.call("ADD", WEB, stop_at=instant).killed:
             break
         opened.append(path.read_text() == "1\n")
-        assert not opened[-1] or "CVE-2020-8558" in "".join(harness.state()), f"system call {instant}"
+        state = "".join(harness.state())
+        assert not opened[-1] or ("CVE-2020-8558" in state and "to-web" in state), f"system call {instant}"
     assert opened[-1] and not opened[0]
 
 
@@ -141,6 +143,37 @@ def test_killed_at_random(host):
     assert harness.state() == without
     host.add(WEB)
     assert harness.state() == complete
+
+
+def test_interrupted_from_the_keyboard(host, tmp_path):
+    """Ctrl-C in `podman run` reaches the plugin: it ends well what it has begun, and never says what is not true.
+
+    Only an interpreter that has not come to our first line ends, without a word, and nothing is written.
+    """
+    host.add(OTHER)
+    without, trace = harness.state(), tmp_path / "trace"
+    assert not host.call("ADD", WEB, "strace", "-o", trace).code
+    complete = harness.state()
+    lines = [line for line in trace.read_text().splitlines() if re.match(r"\w+\(", line)]
+    ignores = next(number for number, line in enumerate(lines, 1) if "SIGINT, {sa_handler=SIG_IGN" in line)
+    for number in (*range(1, ignores, 7), *range(ignores + 1, len(lines), 9)):
+        fork("DEL", WEB)
+        assert harness.state() == without
+        reply = host.call("ADD", WEB, "strace", "-o", trace, "-e", f"inject=all:signal=SIGINT:when={number}")
+        if number <= ignores and reply.code:
+            assert (reply.code, reply.document, harness.state()) == (-1, "", without), number
+        else:
+            assert (reply.code, harness.state()) == (0, complete), number
+
+
+def test_command_interrupted(host):
+    """Ctrl-C ends the command as it ends others: by the signal, without a traceback."""
+    host.add(WEB)
+    command = host.executable.parent.parent / "sbin/cni-portmap"
+    for call, number in ("openat", 60), ("openat", 100), ("sendto", 1), ("write", 1):
+        done = subprocess.run(["strace", "-o", "/dev/null", "-e", f"inject={call}:signal=SIGINT:when={number}",
+                               command, "list"], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGINT and not done.stderr, done
 
 
 # --- errors of the kernel -------------------------------------------------------------------------------------

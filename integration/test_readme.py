@@ -24,7 +24,8 @@ def test_ruleset():
     """The ruleset in the README is the one that ADD writes."""
     shown = "table inet" + README.partition("    table inet")[2].partition("\n\nHow to read it")[0]
     listings = []
-    for index, script in enumerate((shown, ruleset.base(ruleset.BASE, (), [13]) + ruleset.attach(example()))):
+    for index, script in enumerate((shown, ruleset.base(ruleset.BASE, (), [13]) + ruleset.attach(example()) +
+                                      ruleset.note_opened(["cni0"]))):
         with lab.Namespace(f"readme{index}"):
             lab.run("nft", "-f", "-", input=script)
             listings.append(lab.table())

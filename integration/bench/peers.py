@@ -1,5 +1,4 @@
 """The peers, from distribution packages: of this machine's release, or unpacked from a newer one."""
-import os
 import pathlib
 import platform
 import subprocess
@@ -9,18 +8,6 @@ import lab
 from .results import say
 
 PACKAGE = "containernetworking-plugins"
-
-
-def install(packages: list[str]) -> None:
-    """Install what is missing of `packages`."""
-    missing = [name for name in packages if "ok installed" not in
-               subprocess.run(["dpkg-query", "-W", "-f", "${Status}", name], capture_output=True, text=True,
-                              check=False).stdout]
-    if missing:
-        say(f"installing {' '.join(missing)}")
-        os.environ["DEBIAN_FRONTEND"] = "noninteractive"
-        lab.run("apt-get", "-qq", "update", timeout=300)
-        lab.run("apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing, timeout=600)
 
 
 def installed_version(package: str, root: pathlib.Path = pathlib.Path("/")) -> str:
@@ -65,7 +52,7 @@ def fetch(suite: str, package: str, folder: pathlib.Path) -> tuple[pathlib.Path,
 def newer_system(folder: pathlib.Path, suite: str) -> str:
     """A system of another suite in `folder`, made if it is not there; its version of libnftables."""
     if not (folder / "usr/bin/python3").exists():
-        install(["debootstrap"])
+        lab.run(lab.ROOT / "scripts/packages", "system", timeout=900)
         say(f"making a {suite} in {folder}")
         packages = "python3,python3-nftables,nftables"
         lab.run("debootstrap", "--variant=minbase", f"--include={packages}", suite, folder, mirror(), timeout=900)

@@ -36,16 +36,17 @@ def cnitool(need, tmp_path_factory):
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            about = (item.function.__doc__ or item.name).strip()
-            case = item.name.partition("[")[2].rstrip("]")
-            item.user_properties.append(("tried", (item.module, f"{about} [{case}]" if case else about)))
+def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> None:
+    """Give each report what the table has of it; as text, since it may come from another process."""
+    if HERE in item.path.parents and isinstance(item, pytest.Function) and call.when != "teardown":
+        about = (item.function.__doc__ or item.name).strip()
+        case = item.name.partition("[")[2].rstrip("]")
+        module = " ".join([(item.module.__doc__ or "").strip(), *VERSIONS[item.module.__name__]])
+        item.user_properties[:] = [("tried", (module, f"{about} [{case}]" if case else about))]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    tables: dict[Any, list[tuple[str, str]]] = collections.defaultdict(list)
+    tables: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     for outcome in "passed", "failed", "error", "xfailed", "skipped":
         for report in terminalreporter.stats.get(outcome, ()):
             for name, value in getattr(report, "user_properties", ()):
@@ -54,6 +55,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                     reason = f": {report.longrepr[2]}" if outcome == "skipped" else ""
                     tables[module].append((outcome, row + reason))
     for module, rows in tables.items():
-        terminalreporter.section(" ".join([(module.__doc__ or "").strip(), *VERSIONS[module.__name__]]))
+        terminalreporter.section(module)
         for outcome, row in rows:
             terminalreporter.write_line(f"{outcome:8} {row}")

@@ -140,7 +140,9 @@ def test_flush(podman, clean, command):
     assert not podman.answers()
     podman.run(*command.split())
     assert podman.answers()
-    assert len(lab.table().splitlines()) == len(before.splitlines())
+    # A flush takes the note that localhost was opened along; only restore knows that it was by this plugin.
+    lines = [[line for line in text.splitlines() if "route_localnet" not in line] for text in (before, lab.table())]
+    assert len(lines[0]) == len(lines[1])
 
 
 def test_reload(podman, clean):

@@ -1,0 +1,95 @@
+"""What lets this host's localhost reach containers, and how it is closed again: for `teardown`, and for upgrades.
+
+127.0.0.0/8 is open where route_localnet of a container's interface is 1, and ::1 where that interface has our local
+route for it. Both stay when the rules go, and then nothing guards them any more (CVE-2020-8558). So whoever removes
+the table closes first; but not what somebody else's containers on the same interface need.
+"""
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from socket import AF_INET, if_indextoname, inet_ntop
+from typing import NamedTuple
+
+from .kernel import LOCALHOST_METRIC, Kernel, interface_to
+from .netlink import DnatRule, all_rules, delete_local_route, expressions, local_routes
+
+# Whose DNAT rules lead this host's localhost to containers, by the names of their tables and chains.
+PUBLISHERS = (("cni_hostport", "", "the reference plugin portmap"), ("nat", "CNI-DN-", "the reference plugin portmap"),
+              ("nat", "DOCKER", "Docker"), ("nat", "NETAVARK-DN-", "netavark"), ("netavark", "", "netavark"))
+LOCALNET = "net.ipv4.conf.%s.route_localnet"
+LEGACY = "/proc/net/ip_tables_names"
+
+
+class Closing(NamedTuple):
+    """What `close` did, or would do: interfaces by name; `left_open` with the reason."""
+
+    ipv4: list[str]
+    ipv6: list[str]
+    left_open: dict[str, str]
+
+
+def interfaces_of_published(kernel: Kernel) -> list[str]:
+    """The open interfaces that lead to published containers: what version 0.1.0 has opened, and did not note."""
+    targets = kernel.targets(owner.chain for owner in kernel.owners())
+    names = {interface_to(4, inet_ntop(AF_INET, target)) for found in targets.values() for target in found
+             if len(target) == 4}
+    return sorted(name for name in names if name and kernel.localnet(name))
+
+
+def close(kernel: Kernel, dry_run: bool = False) -> Closing:
+    """Close what this plugin has opened, but what somebody else's containers need. To be called under the lock."""
+    opened = kernel.opened() if kernel.notes_opened() else interfaces_of_published(kernel)
+    candidates = [name for name in opened if kernel.localnet(name)]
+    needed = dict(_needed_by_others()) if candidates else {}
+    left_open = {name: needed.get(name) or needed[""] for name in candidates if name in needed or "" in needed}
+    left_open |= {name: f"the table does not say that cni-portmap opened it; to close it: sysctl -w {LOCALNET % name}=0"
+                  for name in _interfaces() if name not in candidates and kernel.localnet(name)}
+    routes = local_routes("::1", LOCALHOST_METRIC)
+    closing = Closing([name for name in candidates if name not in left_open], [*map(if_indextoname, routes)], left_open)
+    if not dry_run:
+        for name in closing.ipv4:
+            kernel.set_localnet(name, False)
+        for interface in routes:
+            delete_local_route("::1", interface, LOCALHOST_METRIC)
+    return closing
+
+
+def _interfaces() -> list[str]:
+    return sorted({*os.listdir("/proc/sys/net/ipv4/conf")} - {"all", "default", "lo"})
+
+
+def _needed_by_others() -> Iterator[tuple[str, str]]:
+    """Interfaces through which others lead localhost to a container, with who does; "" for every interface."""
+    for table, chain, raw in all_rules():
+        for its_table, prefix, publisher in PUBLISHERS:
+            if table == its_table and chain.startswith(prefix) and (target := _target(raw)):
+                yield interface_to(4, inet_ntop(AF_INET, target)), f"{publisher} publishes a container there"
+    try:
+        with open(LEGACY) as names:
+            if "nat\n" not in names:
+                return
+    except OSError:
+        return
+    program = shutil.which("iptables-legacy-save")
+    if not program:
+        yield "", "iptables-legacy has rules of nat, and its program is not installed to read them"
+        return
+    listing = subprocess.run([program, "-t", "nat"], capture_output=True, text=True, check=False).stdout
+    for line in listing.splitlines():
+        words = line.split()
+        for _, prefix, publisher in PUBLISHERS:
+            if prefix and words[:1] == ["-A"] and words[1].startswith(prefix) and "--to-destination" in words:
+                ip = words[words.index("--to-destination") + 1].partition(":")[0]
+                yield interface_to(4, ip), f"{publisher} publishes a container there"
+
+
+def _target(raw: bytes) -> bytes:
+    """The IPv4 address, packed, that a rule translates to: nftables' own dnat, or iptables' DNAT; b"" for none."""
+    for name, fields in expressions(raw):
+        if name == "target" and fields.get(1) == b"DNAT\0":  # NFTA_TARGET_NAME, _REV, _INFO
+            info = fields.get(3, b"")
+            # struct nf_nat_ipv4_multi_range_compat, revision 0; struct nf_nat_range, later ones
+            return info[8:12] if not int.from_bytes(fields.get(2, b""), "big") else info[4:8]
+    target = DnatRule(raw, lambda _: ()).target
+    return target if len(target) == 4 else b""

@@ -1,0 +1,33 @@
+"""Take the whole table away: what an uninstaller needs, and what nobody else should want."""
+from typing import NamedTuple
+
+from . import portmap, ruleset
+from .kernel import Kernel
+from .localhost import Closing, close
+
+
+class Teardown(NamedTuple):
+    """What `teardown` found and did: the `published` attachments, each with whether it is dead; what was closed."""
+
+    published: list[tuple[ruleset.Owner, bool]]
+    removed: bool
+    closing: Closing
+
+
+def teardown(kernel: Kernel, force: bool = False, dry_run: bool = False) -> Teardown:
+    """Close localhost and remove our table, with all that is in it; `force`: also while containers are published.
+
+    Whatever is killed in between leaves localhost closed, or the guard that it needs.
+    """
+    with kernel.lock():
+        published = [(owner, kernel.is_dead(owner)) for owner in kernel.owners()]
+        if published and not force:
+            return Teardown(published, False, Closing([], [], {}))
+        chains = [owner.chain for owner, _ in published]
+        owned, targets = kernel.elements_of(chains), kernel.targets(chains)
+        closing = close(kernel, dry_run)
+        if kernel.has_table() and not dry_run:
+            kernel.transact(f"delete table {ruleset.TABLE}")
+    if not dry_run:
+        portmap.forget_released(owned, targets, kernel)
+    return Teardown(published, True, closing)
