@@ -164,12 +164,12 @@ def _teardown(options: argparse.Namespace, kernel: Kernel) -> int:
     published = [{"container": owner.container_id, "interface": owner.ifname, "network": owner.network, "dead": dead}
                  for owner, dead in done.published]
     if options.json:
-        print(json.dumps({"published": published, "removed": done.removed, **done.closing._asdict()}, indent=2))
-        return 0 if done.removed else 1
+        print(json.dumps({"published": published, "refused": done.refused, "table": done.table, **done.closing._asdict()}, indent=2))
+        return 1 if done.refused else 0
     for owner, dead in done.published:
         print(f"published: {owner}" + (", whose network namespace is gone" if dead else ""),
-              file=sys.stdout if done.removed else sys.stderr)
-    if not done.removed:
+              file=sys.stderr if done.refused else sys.stdout)
+    if done.refused:
         print("cni-portmap: nothing was removed, because these containers are published\n"
               "  stop them (cni-portmap gc: those that are gone), or say --force: their ports stop answering",
               file=sys.stderr)
@@ -181,7 +181,8 @@ def _teardown(options: argparse.Namespace, kernel: Kernel) -> int:
         print(f"{would} ::1 on {name}")
     for name, reason in done.closing.left_open.items():
         print(f"127.0.0.0/8 stays open on {name}, without a guard: {reason}")
-    print(f"{'would remove' if options.dry_run else 'removed'} table {TABLE}")
+    if done.table:
+        print(f"{'would remove' if options.dry_run else 'removed'} table {TABLE}")
     return 0
 
 

@@ -7,10 +7,14 @@ from .localhost import Closing, close
 
 
 class Teardown(NamedTuple):
-    """What `teardown` found and did: the `published` attachments, each with whether it is dead; what was closed."""
+    """What `teardown` found and did: the `published` attachments, each with whether it is dead; what was closed.
+
+    `refused`: nothing was done, because of those. `table`: whether there was one to remove.
+    """
 
     published: list[tuple[ruleset.Owner, bool]]
-    removed: bool
+    refused: bool
+    table: bool
     closing: Closing
 
 
@@ -22,12 +26,12 @@ def teardown(kernel: Kernel, force: bool = False, dry_run: bool = False) -> Tear
     with kernel.lock():
         published = [(owner, kernel.is_dead(owner)) for owner in kernel.owners()]
         if published and not force:
-            return Teardown(published, False, Closing([], [], {}))
+            return Teardown(published, True, True, Closing([], [], {}))
         chains = [owner.chain for owner, _ in published]
         owned, targets = kernel.elements_of(chains), kernel.targets(chains)
-        closing = close(kernel, dry_run)
-        if kernel.has_table() and not dry_run:
+        closing, table = close(kernel, dry_run), kernel.has_table()
+        if table and not dry_run:
             kernel.transact(f"delete table {ruleset.TABLE}")
     if not dry_run:
         portmap.forget_released(owned, targets, kernel)
-    return Teardown(published, True, closing)
+    return Teardown(published, False, table, closing)

@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 
 import lab
 import pytest
@@ -142,28 +141,31 @@ def test_teardown(bin_dir, network, web):
     assert [line for line in refusal.splitlines() if "is gone" in line and gone.id in line]
     report = json.loads(command(bin_dir, "teardown", "--json", status=1))
     assert {each["container"]: each["dead"] for each in report["published"]} == {web.id: False, gone.id: True}
-    assert not report["removed"]
+    assert report["refused"]
     report = json.loads(command(bin_dir, "teardown", "--force", "--dry-run", "--json"))
     assert (report["ipv4"], report["ipv6"], report["left_open"]) == (["cmd0"], ["cmd0"], {})
     assert "would close 127.0.0.0/8 on cmd0" in command(bin_dir, "teardown", "--force", "--dry-run")
     assert lab.table() == before
     assert "closed ::1 on cmd0" in command(bin_dir, "teardown", "--force")
     assert lab.table() == "" and not lab.run("ip", "-6", "route", "show", "table", "local", "metric", "4096")
-    assert "removed" in command(bin_dir, "teardown")
+    assert command(bin_dir, "teardown") == ""
 
 
-def test_ten_thousand_ports(bin_dir, network):
-    """Ten thousand containers with a port each are listed in two seconds, four on a busy machine."""
+def test_ten_thousand_ports(bin_dir, network, tmp_path):
+    """Ten thousand containers with a port each are listed by as many questions to the kernel as a thousand are."""
     lab.run("nft", "-f", "-", input=ruleset.base(ruleset.BASE, (), [13]))
+    asked = {}
     for first in range(1, 10_001, 1000):
         attachments = (Attachment(f"{port:064x}", "eth0", "many", "/run/netns/none", 1,
                                   {4: Address(4, "10.88.0.2", "10.88.0.0/16")}, (Port(4, "tcp", "", port, 80),), 13)
                        for port in range(first, first + 1000))
         lab.run("nft", "-f", "-", input="".join(map(ruleset.attach, attachments)))
-    began = time.monotonic()
-    lines = command(bin_dir, "list").splitlines()
-    assert time.monotonic() - began < 4
-    assert len(lines) == 10_001
+        if first in (1, 9001):
+            lines = lab.run("strace", "-o", tmp_path / "trace", "-e", "trace=sendto",
+                            bin_dir.parent / "sbin/cni-portmap", "list").splitlines()
+            assert len(lines) == first + 1000
+            asked[first] = (tmp_path / "trace").read_text().count("sendto(")
+    assert 0 < asked[1] == asked[9001]
 
 
 CONFLIST = """{"cniVersion": "1.0.0", "name": "web", "plugins": [

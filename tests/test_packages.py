@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-TOOLS = "sh cat chmod cut date dirname env grep id mktemp rm sed sleep sort tr uniq".split()
+TOOLS = "sh cat chmod cut date dirname env grep id mktemp readlink rm sed sleep sort tr uniq".split()
 
 
 @pytest.fixture
