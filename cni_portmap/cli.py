@@ -164,7 +164,8 @@ def _teardown(options: argparse.Namespace, kernel: Kernel) -> int:
     published = [{"container": owner.container_id, "interface": owner.ifname, "network": owner.network, "dead": dead}
                  for owner, dead in done.published]
     if options.json:
-        print(json.dumps({"published": published, "refused": done.refused, "table": done.table, **done.closing._asdict()}, indent=2))
+        print(json.dumps({"published": published, "refused": done.refused, "table": done.table,
+                          **done.closing._asdict()}, indent=2))
         return 1 if done.refused else 0
     for owner, dead in done.published:
         print(f"published: {owner}" + (", whose network namespace is gone" if dead else ""),

@@ -205,8 +205,8 @@ def test_older_kernels(site, family, before_5_8, monkeypatch):
 MANY = 100_000
 
 
-# on which address, how many ports, the port of the flows, over how many they spread, and how often conntrack may be asked
-# to look through all of them (0.3 us each): the times are in scripts/bench
+# on which address, how many ports, the port of the flows, over how many they spread, and how often conntrack may be
+# asked to look through all of them (0.3 us each): the times are in scripts/bench
 COSTS = [("LAN address", 1, 9, 1, 2), ("LAN address", 1, PORT, 1, 2), ("", 1, 9, 1, 9), ("", 1, PORT, 1, 9),
          ("", 1000, 9, 1, 4), ("", 1000, 20000, 1000, 4)]
 CONNTRACK = re.compile(r"nlmsg_type=(?:NFNL_SUBSYS_CTNETLINK<<8\|IPCTNL_MSG_CT_(?:GET|DELETE)|0x10[12]\b)")

@@ -20,10 +20,10 @@ POOR = {
 def checkout():
     """A copy of the scripts that anybody may read."""
     lab.run("mount", "-t", "tmpfs", "none", "/mnt")
-    lab.run("cp", "-r", *(lab.ROOT / name for name in ("scripts", "cni_portmap", "integration/lab.py",
-                                                       "integration/demo.py", "integration/bench")), "/mnt")
+    lab.run("cp", "-r", lab.ROOT / "scripts", lab.ROOT / "cni_portmap", "/mnt")
     lab.run("mkdir", "/mnt/integration")
-    lab.run("mv", "/mnt/lab.py", "/mnt/demo.py", "/mnt/bench", "/mnt/integration")
+    lab.run("cp", "-r", *(lab.ROOT / "integration" / name for name in ("lab.py", "demo.py", "debian.py", "bench")),
+            "/mnt/integration")
     yield "/mnt"
     lab.run("umount", "/mnt")
 
