@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say what was skipped, by reason: each names what is missing, and after a colon what would bring it."""
+    """Say what was skipped, by reason: each names what is missing, and after a colon what would change that."""
     reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ")
                                   for report in terminalreporter.stats.get("skipped", ()))
     if reasons:

@@ -34,9 +34,9 @@ EPERM, ENOENT, ENOTDIR, EINVAL, EADDRINUSE = 1, 2, 20, 22, 98
 CLONE_NEWNET = 0x40000000
 
 HINTS = {
-    EPERM: "run the plugin as root, with CAP_NET_ADMIN in the network namespace of the host",
+    EPERM: "run it as root, with CAP_NET_ADMIN in the network namespace of the host",
     ENOENT: "the kernel may lack nf_tables; try: modprobe nf_tables",
-    13: "run the plugin as root",
+    13: "run it as root",
     23: "too many files are open on this host; raise fs.file-max",
     24: "the runtime's limit of open files is too low; raise it",
     28: "no space is left there; free some",
@@ -266,6 +266,13 @@ class Kernel:
         """Whether our table is there."""
         return self._flags() is not None
 
+    def _is_owned(self) -> bool:
+        """Whether another program owns the table; False where that cannot be read."""
+        try:
+            return bool((self._flags() or 0) & 2)
+        except CniError:
+            return False
+
     def _flags(self) -> int | None:
         """The flags of our table (enum nft_table_flags), None where there is no such table."""
         try:
@@ -293,8 +300,8 @@ class Kernel:
         if problem:
             hint = "nothing was written"
             if "Operation not permitted" in problem:
-                owned = (self._flags() or 0) & 2
-                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if owned else HINTS[EPERM]
+                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self._is_owned() else \
+                    HINTS[EPERM]
             raise CniError(NFT_REFUSED, f"nftables refused: {problem}", hint)
 
     def dry_run(self, text: str) -> str:

@@ -38,8 +38,11 @@ def fetch(suite: str, package: str, folder: pathlib.Path) -> pathlib.Path:
         apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in settings.items())]
         if not (folder / "sources.list").exists():
             (folder / "sources.list").write_text(f"deb {options}{mirror()} {suite} main\n")
-            run(*apt, "update")
-        run(*apt, "download", package, cwd=folder)
+        try:
+            run(*apt, "-oAPT::Update::Error-Mode=any", "update")
+            run(*apt, "download", package, cwd=folder)
+        except SystemExit as error:
+            raise SystemExit(f"{package} of {suite} cannot be had: is there a network? {error}") from None
         found = [*folder.glob(f"{package}_*.deb")]
     return found[0]
 

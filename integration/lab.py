@@ -23,6 +23,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 _libc = ctypes.CDLL(None, use_errno=True)
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # where nft and others are, and a plain su does not look
+# The distribution's plugins: Debian's folder, Fedora's
+PLUGINS = next((path for path in map(pathlib.Path, ("/usr/lib/cni", "/usr/libexec/cni")) if path.is_dir()),
+               pathlib.Path("/usr/lib/cni"))
 
 
 def _call(result: int) -> None:
@@ -57,8 +61,8 @@ def obstacle() -> str:
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        reason = "this process may not make network namespaces (CAP_SYS_ADMIN, CAP_NET_ADMIN): run it on a machine, " \
-                 "or in a privileged container"
+        reason = forbidden = "this process may not make network namespaces (CAP_SYS_ADMIN, CAP_NET_ADMIN): run it on " \
+                             "a machine, or in a privileged container"
         try:
             _call(_libc.unshare(CLONE_NEWNET | CLONE_NEWNS))
             _call(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
@@ -69,8 +73,11 @@ def obstacle() -> str:
             reason = "this kernel has no nf_tables: boot the distribution's own, or load it (modprobe nf_tables)"
             run("nft", "add", "table", "inet", "x")
             reason = ""
-        except (OSError, AssertionError):
+        except OSError:
             pass
+        except AssertionError as error:
+            if "not permitted" in str(error):
+                reason = forbidden
         os.write(write, reason.encode())
         os._exit(0)
     os.close(write)
@@ -564,7 +571,7 @@ class Container:
 def plugins(bin_dir: pathlib.Path) -> pathlib.Path:
     """A folder of the distribution's plugins, without portmap."""
     bin_dir.mkdir(parents=True, exist_ok=True)
-    for plugin in pathlib.Path("/usr/lib/cni").iterdir():
+    for plugin in PLUGINS.iterdir():
         if plugin.name != "portmap":
             with contextlib.suppress(FileExistsError):
                 (bin_dir / plugin.name).symlink_to(plugin)

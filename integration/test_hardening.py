@@ -45,7 +45,7 @@ FORGED = [
 @pytest.fixture(scope="module", params=paths.SETTINGS[:2], ids=lambda setting: setting.name)
 def site(bin_dir, request):
     if not lab.br_netfilter(request.param.br_netfilter):
-        pytest.skip("needs the kernel module br_netfilter")
+        pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
     with paths.Site(request.param, bin_dir) as built:
         yield built
 
@@ -136,7 +136,7 @@ def local_routes():
 def test_ipv6_localhost_that_cannot_work_is_said(site):
     """With br_netfilter on a bridge, ADD adds no route for ::1, says why in one line, and succeeds."""
     if not lab.br_netfilter(True):
-        pytest.skip("needs the kernel module br_netfilter")
+        pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
     network = lab.Network(lab.bridge_conflist("fresh", "cni9", ("fd99::/64",)), site.bin_dir)
     container = lab.Container(network, "fresh")
     try:

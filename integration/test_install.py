@@ -509,7 +509,7 @@ def reference(request, tmp_path, bin_dir):
     newer = lab.ROOT / "integration/runtimes/unpacked/cni-plugins/usr/lib/cni/portmap"
     path = pathlib.Path(REFERENCE) if request.param == "older" else newer
     if backend == "nftables" and request.param == "older":
-        pytest.skip("Debian 12's reference plugin has no nftables backend")
+        pytest.skip("Debian 12's reference plugin has no nftables backend: nothing to try")
     if not path.exists():
         pytest.skip(f"missing, see integration/runtimes/packages: {path}")
     folder = lab.plugins(tmp_path / "theirs")

@@ -30,7 +30,8 @@ from test_packets import (  # noqa: F401
 )
 
 ROOT = os.environ.get("CNI_PORTMAP_ROOT", "")
-pytestmark = pytest.mark.skipif(not ROOT, reason="CNI_PORTMAP_ROOT names no root folder of a newer Debian")
+pytestmark = pytest.mark.skipif(not ROOT, reason="no other nft: make a newer Debian with python3-nftables and nftables "
+                                                      "(debootstrap), and name its folder in CNI_PORTMAP_ROOT")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def sites(bin_dir):
                 stack.close()
                 there.clear()
                 if not lab.br_netfilter(setting.br_netfilter):
-                    pytest.skip("needs the kernel module br_netfilter")
+                    pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
                 there[setting] = stack.enter_context(paths.Site(setting, bin_dir))
             return there[setting]
         yield site_of

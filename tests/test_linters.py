@@ -17,7 +17,7 @@ BASH = sorted((ROOT / "conf").glob("*.bash"))
 def test_linter(tool, arguments):
     """Nothing to complain about."""
     if not shutil.which(tool):
-        pytest.skip(f"{tool} is not installed")
+        pytest.skip(f"{tool} is not installed: scripts/test installs it where it has a network")
     done = subprocess.run([tool, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -99,5 +99,5 @@ def test_table(tools):
     table = (ROOT / "scripts/packages").read_text().partition("<<EOT\n")[2].partition("EOT\n")[0]
     for line in table.splitlines():
         purpose, probe, debian, fedora = line.split()
-        assert probe.partition(":")[0] in ("module", "command", "file")
+        assert probe.partition(":")[0] in ("import", "module", "command", "file")
         assert {debian, fedora}.intersection(packages(tools, "--list", purpose)[0].split())

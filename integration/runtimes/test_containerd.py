@@ -183,7 +183,7 @@ class TestPaths:
 def test_conformance(node, clean, family, bridged):
     """Kubernetes' hostPort conformance test: one port number, three pods, hostIP and protocol differ"""
     if not lab.br_netfilter(bridged):
-        pytest.skip("the kernel has no br_netfilter")
+        pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
     localhost = {4: "127.0.0.1", 6: "::1"}[family]
     pods = [Pod(node, "pod1", (54323, 8080, "TCP", localhost)), Pod(node, "pod2", (54323, 8080, "TCP", HOST[family])),
             Pod(node, "pod3", (54323, 8080, "UDP", HOST[family]))]
