@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import __version__, portmap, restore
-from .cni import VERSIONS, CniError
+from .cni import VERSIONS, CniError, tell
 from .config import Attachment
 from .explain import violations
 from .kernel import Kernel, leave
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `cni-portmap list | head`
         sys.stderr.close()
         status = 1
+    tell()
     leave()
     return status
 
@@ -82,10 +83,10 @@ def _list(options: argparse.Namespace, kernel: Kernel) -> int:
     if options.json:
         print(json.dumps([line._asdict() for line in lines], indent=2))
     else:
-        _print_table(("HOST", "CONTAINER", "NETWORK", "ID", "INTERFACE", "CONNECTIONS", "OWNER"),
+        _print_table(("HOST", "CONTAINER", "NETWORK", "POD", "ID", "INTERFACE", "CONNECTIONS", "OWNER"),
                      [(_end(line.host_ip, line.host_ports) + f"/{line.protocol}",
                        _end(line.container_ip, line.container_ports) if line.container_ip else "(rule is missing)",
-                       line.network, line.container_id[:12], line.ifname,
+                       line.network, line.pod or "-", line.container_id[:12], line.ifname,
                        "-" if line.connections is None else str(line.connections), line.owner) for line in lines])
     return 0 if lines or options.port is None else 1
 
@@ -113,12 +114,14 @@ def _restore(options: argparse.Namespace, kernel: Kernel) -> int:
     skipped: list[dict[str, str]] = []
     if options.base_only:
         return _repair_base(options, kernel)
-    for path, found in restore.remembered(options.cache or restore.CACHES, options.plugin):
+    memory = restore.Memory(options.cache or restore.CACHES, options.plugin, kernel)
+    for path, found in memory.found:
         if isinstance(found, Attachment):
             live.append(found)
         else:
             skipped.append({"file": str(path), "reason": str(found)})
-    lost, refused = portmap.restore(live, kernel, options.dry_run)
+    lost, refused = restore.restore(live, kernel, options.dry_run, memory.is_current)
+    tell()
     report = {"restored": [_name(each) for each in lost],
               "refused": [{**_name(each), "reason": error.msg} for each, error in refused],
               "in_place": len(live) - len(lost) - len(refused), "skipped": skipped}
@@ -146,15 +149,17 @@ def _repair_base(options: argparse.Namespace, kernel: Kernel) -> int:
 
 
 def _gc(options: argparse.Namespace, kernel: Kernel) -> int:
-    dead = [owner for owner in kernel.owners() if kernel.is_dead(owner)]
-    if not options.dry_run:
-        portmap.remove([owner.chain for owner in dead], kernel)
+    found = restore.prune(kernel, options.dry_run)
+    dead = [(owner, why) for owner, (state, why) in found if state == "dead"]
+    unknown = [(owner, why) for owner, (state, why) in found if state == "unknown"]
     if options.json:
         print(json.dumps([{"container": owner.container_id, "interface": owner.ifname, "network": owner.network,
-                           "netns": owner.netns} for owner in dead], indent=2))
+                           "netns": owner.netns} for owner, _ in dead], indent=2))
     else:
-        for owner in dead:
-            print(f"{'would remove' if options.dry_run else 'removed'} {owner}: {owner.netns} is gone")
+        for owner, why in dead:
+            print(f"{'would remove' if options.dry_run else 'removed'} {owner}: {why}")
+        for owner, why in unknown:
+            print(f"kept {owner}: {why}")
         print(f"{len(dead)} dead" + (" (dry run)" if options.dry_run else ""))
     return 0
 

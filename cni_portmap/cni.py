@@ -53,10 +53,11 @@ class Request:
     """One call of the plugin.
 
     `verb`, `version` (cniVersion of the configuration); `container_id`, `netns` (path or ""), `ifname`;
-    `config`: the decoded configuration; `prev_result`: its prevResult as raw JSON text, or "".
+    `args`: CNI_ARGS as it is; `config`: the decoded configuration; `prev_result`: its prevResult as raw JSON text, or
+    "".
     """
 
-    __slots__ = ("verb", "version", "container_id", "netns", "ifname", "config", "prev_result")
+    __slots__ = ("verb", "version", "container_id", "netns", "ifname", "args", "config", "prev_result")
 
     def __init__(self, verb: str, version: str, environ: dict[str, str], config: dict[str, object],
                  prev_result: str) -> None:
@@ -64,6 +65,7 @@ class Request:
         self.container_id = environ.get("CNI_CONTAINERID", "")
         self.netns = environ.get("CNI_NETNS", "")
         self.ifname = environ.get("CNI_IFNAME", "")
+        self.args = environ.get("CNI_ARGS", "")
 
 
 # --- JSON, decoded by the interpreter's own C scanner ---------------------------------------------------------
@@ -249,6 +251,8 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
         where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
         return 1, _error_document(CniError(INTERNAL, f"internal error: {type(error).__name__}: {error}",
                                            f"please report it: {where}"))
+    finally:
+        tell()
 
 
 _answering = {"version": VERSIONS[-1]}  # the call that is being answered, for its error document
@@ -266,9 +270,19 @@ def _error_document(error: CniError) -> str:
 
 # --- the process ----------------------------------------------------------------------------------------------
 
+_warnings: list[str] = []
+
+
 def warn(line: str) -> None:
-    """One line for the runtime's log."""
-    _write(2, f"cni-portmap: {line}\n")
+    """One line for the runtime's log, once the call's work is done: to write it may take for ever, under a lock too."""
+    if line not in _warnings:
+        _warnings.append(line)
+
+
+def tell() -> None:
+    """Write the warnings so far. Not under the lock: standard error may be a stopped terminal, or a full pipe."""
+    while _warnings:
+        _write(2, f"cni-portmap: {_warnings.pop(0)}\n")
 
 
 def serve(handlers: "Mapping[str, Callable[[Request], str | None]]", about: str) -> int:

@@ -6,7 +6,7 @@ down in portmap.schema.json, the contract for people and editors; a property tes
 """
 from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
-from .cni import INVALID_CONFIG, CniError, Request, is_name, warn
+from .cni import INVALID_CONFIG, CniError, Request, is_ifname, is_name, warn
 
 PROTOCOLS = ("tcp", "udp", "sctp")
 DEFAULT_MARK_BIT = 13  # the reference plugin's
@@ -52,21 +52,24 @@ class Attachment:
     `inode`: the network namespace that `netns` led to, 0 where that cannot be known. `addresses`: by family.
     `mark_bit`: 0 to 31, or None where nothing is masqueraded. `conditions`: nft match text by family.
     `localhost6`: whether [::1] is opened. `refuse_bound`: whether a port that a process of the host uses is refused.
+    `pod`: the name that people know, "shop/web-7d9f", or "". `links`: the interfaces of the host that prevResult names,
+    of which `link` is the container's own, as name#index, or "".
     """
 
     __slots__ = ("container_id", "ifname", "network", "netns", "inode", "addresses", "ports", "mark_bit",
-                 "masq_all", "conditions", "localhost6", "refuse_bound")
+                 "masq_all", "conditions", "localhost6", "refuse_bound", "pod", "links", "link")
 
     def __init__(self, container_id: str, ifname: str, network: str, netns: str = "", inode: int = 0,
                  addresses: dict[int, Address] | None = None, ports: tuple[Port, ...] = (),
                  mark_bit: int | None = None, masq_all: bool = False,
                  conditions: dict[int, str] | None = None, localhost6: bool = True,
-                 refuse_bound: bool = False) -> None:
+                 refuse_bound: bool = False, pod: str = "", links: tuple[str, ...] = (), link: str = "") -> None:
         self.container_id, self.ifname, self.network = container_id, ifname, network
         self.netns, self.inode = netns, inode
         self.addresses, self.ports = addresses or {}, ports
         self.mark_bit, self.masq_all, self.conditions = mark_bit, masq_all, conditions or {}
         self.localhost6, self.refuse_bound = localhost6, refuse_bound
+        self.pod, self.links, self.link = pod, links, link
 
 
 def parse(request: Request) -> Attachment:
@@ -125,7 +128,7 @@ def _attachment(request: Request) -> Attachment:
     refuse_bound = _host_port_in_use(config)
     _backend(config)
     conditions = {4: parse_conditions(config, "conditionsV4"), 6: parse_conditions(config, "conditionsV6")}
-    addresses = _addresses(config, request.ifname)
+    addresses, links = _addresses(config, request.ifname)
     wanted = _mappings(config)
     if request.verb in ("ADD", "CHECK"):
         if not request.prev_result:
@@ -137,7 +140,8 @@ def _attachment(request: Request) -> Attachment:
         _warn_of_skipped(wanted, addresses)
     ports = tuple(port for port in wanted if port.family in addresses)
     return Attachment(request.container_id, request.ifname, network, request.netns, 0, addresses, ports,
-                      mark_bit if snat else None, masq_all, conditions, localhost6, refuse_bound)
+                      mark_bit if snat else None, masq_all, conditions, localhost6, refuse_bound,
+                      _pod(request.args) if ports else "", links)
 
 
 def _flag(config: dict[str, object], key: str, default: bool) -> bool:
@@ -235,10 +239,13 @@ def _list(value: object, path: str) -> list[object]:
     return value
 
 
-def _addresses(config: dict[str, object], ifname: str) -> dict[int, Address]:
-    """The container's first IPv4 and first IPv6 address on `ifname`, or on no interface in particular."""
+def _addresses(config: dict[str, object], ifname: str) -> tuple[dict[int, Address], tuple[str, ...]]:
+    """The container's first IPv4 and first IPv6 address on `ifname`, or on no interface in particular.
+
+    And the interfaces in no sandbox, by their names: the host's end of the container's link, a bridge.
+    """
     result = _object(config.get("prevResult"), "prevResult")
-    sandboxed = []
+    sandboxed, links = [], []
     for index, item in enumerate(_list(result.get("interfaces"), "prevResult.interfaces")):
         path = f"prevResult.interfaces[{index}]"
         interface = _object(item, path)
@@ -248,6 +255,8 @@ def _addresses(config: dict[str, object], ifname: str) -> dict[int, Address]:
         if type(sandbox) is not str:
             raise Refused(f"{path}.sandbox")
         sandboxed.append(name == ifname and sandbox != "")
+        if not sandbox and is_ifname(name):
+            links.append(name)
     found: dict[int, Address] = {}
     for index, item in enumerate(_list(result.get("ips"), "prevResult.ips")):
         path = f"prevResult.ips[{index}]"
@@ -262,7 +271,24 @@ def _addresses(config: dict[str, object], ifname: str) -> dict[int, Address]:
         if entry:
             address = parse_cidr(entry.get("ip"), f"prevResult.{key}.ip")
             found.setdefault(address.family, address)
-    return found
+    return found, tuple(links)
+
+
+# --- who it is ------------------------------------------------------------------------------------------------
+
+POD_NAME_MAX = 253  # characters, as Kubernetes has it
+
+
+def _pod(args: str) -> str:
+    """What people call the container, by CNI_ARGS: "namespace/pod", a name alone (podman, nerdctl), "" for none.
+
+    A value that cannot be a name is left out: it is for people's eyes, and no reason to refuse a container.
+    """
+    found = dict(item.partition("=")[::2] for item in args.split(";"))
+    namespace, name, host = (value if is_name(value) and len(value) <= POD_NAME_MAX else "" for value in (
+        found.get(key, "") for key in ("K8S_POD_NAMESPACE", "K8S_POD_NAME", "NERDCTL_CNI_DHCP_HOSTNAME")))
+    name = name or host
+    return f"{namespace}/{name}" if namespace and name else name
 
 
 # --- port mappings --------------------------------------------------------------------------------------------

@@ -13,15 +13,16 @@ from . import ruleset, see_packages
 from .cni import (FOREIGN_TABLE, IFNAME, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, give_up, is_ifname,
                   is_serving, warn)
 from .netlink import (Conntrack, NfTables, DnatRule, add_local_route, attributes, expressions, link_kind,
-                      list_elements, local_addresses, route_interface)
+                      list_elements, local_addresses, paired_link, route_interface)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from types import ModuleType, TracebackType
 
     import nftables
 
+    from .alive import Verdict
     from .netlink import Flow
 
 LOCK = "/run/cni-portmap.lock"
@@ -59,13 +60,15 @@ class Lock:
     and so cannot hold it.
     """
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> bool:
+        """Whether another had it, so that there was a wait."""
         import _signal
         import fcntl
 
         def too_late(*_: object) -> None:
             raise CniError(TRY_AGAIN_LATER, f"{LOCK} is held by another call for {LOCK_SECONDS} seconds",
                            f"see who holds it: fuser -v {LOCK}")
+        waited = False
         try:
             while True:
                 self._fd = posix.open(LOCK, posix.O_RDWR | posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC, 0o600)
@@ -75,6 +78,7 @@ class Lock:
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    waited = True
                     before = _signal.signal(_signal.SIGALRM, too_late)
                     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGALRM])  # a runtime may have blocked it
                     _signal.setitimer(_signal.ITIMER_REAL, LOCK_SECONDS)
@@ -85,7 +89,7 @@ class Lock:
                         _signal.signal(_signal.SIGALRM, before)
                 try:
                     if posix.stat(LOCK).st_ino == status.st_ino:
-                        return
+                        return waited
                 except FileNotFoundError:
                     pass
                 posix.close(self._fd)  # removed while we waited: lock the one that others will find
@@ -118,6 +122,20 @@ class Kernel:
         """Whether the table has such a chain."""
         try:
             return self._table.chain(chain) is not None
+        except OSError as error:
+            raise failure(READING, error) from None
+
+    def handle(self, chain: str) -> int:
+        """The chain's handle, which no other chain has had or will have; 0 for no chain."""
+        try:
+            return _handle(self._table.chain(chain) or {})
+        except OSError as error:
+            raise failure(READING, error) from None
+
+    def handles(self) -> dict[str, int]:
+        """The handle of each chain of the table."""
+        try:
+            return {found[3][:-1].decode(errors="replace"): _handle(found) for found in self._table.chains()}
         except OSError as error:
             raise failure(READING, error) from None
 
@@ -205,23 +223,64 @@ class Kernel:
         except OSError as error:
             raise failure(READING, error) from None
 
-    def inode(self, path: str) -> int:
-        """The inode of the network namespace that `path` leads to, 0 where that cannot be known."""
-        try:
-            return posix.stat(path).st_ino
-        except (OSError, ValueError):
-            return 0
+    # --- who lives ---
 
-    def is_dead(self, owner: ruleset.Owner) -> bool:
-        """Whether an owner's network namespace is provably gone. Who cannot be judged is alive."""
-        if not owner.inode or not owner.netns:
-            return False
+    def link(self, names: "Sequence[str]") -> str:
+        """The host's end of a container's link, as name#index, among these interfaces; "" for none.
+
+        It goes with its other end, so with the container's network namespace; a bridge does not, nor does a tap.
+        """
         try:
-            return posix.stat(owner.netns).st_ino != owner.inode
+            name, index = paired_link(names)
         except OSError as error:
-            return error.errno in (ENOENT, ENOTDIR)
-        except ValueError:
+            raise failure("cannot read the links of this host", error) from None
+        return f"{name}#{index}" if name else ""
+
+    def has_link(self, link: str) -> bool:
+        """Whether the link is there that was name#index. One with another name is the same: somebody renamed it."""
+        try:
+            return bool(if_indextoname(int(link.rpartition("#")[2])))
+        except (OSError, OverflowError):
             return False
+
+    def namespace(self, path: str) -> int:
+        """The inode of the network namespace that `path` leads to; -1 for none, 0 where that cannot be known.
+
+        A path may hang (NFS, FUSE), so it is not asked under the lock.
+        """
+        try:
+            found, own = posix.stat(path), posix.stat("/proc/self/ns/net")
+        except OSError as error:
+            return -1 if error.errno in (ENOENT, ENOTDIR) else 0
+        except ValueError:  # no path at all
+            return -1
+        return found.st_ino if found.st_dev == own.st_dev else -1  # a file that is left where it was mounted
+
+    def namespace_soon(self, path: str) -> int:
+        """`namespace`, asked by a child that gets one second; 0 where it does not come back."""
+        from .alive import in_a_second
+        return in_a_second(lambda: self.namespace(path))
+
+    def glance(self, owner: ruleset.Owner) -> "Verdict | None":
+        """Who lives, as far as that is known without looking for it; None where it is not. It cannot hang."""
+        if not owner.link:
+            return None
+        from .alive import by_link
+        return by_link(owner, self.has_link(owner.link))
+
+    def judge(self, owners: "Iterable[ruleset.Owner]") -> "dict[str, Verdict]":
+        """Who lives, by their chains. Takes its time, so it is not asked under the lock."""
+        from .alive import judge
+        return judge(owners, self.has_link, self.namespace_soon)
+
+    def wait_for(self, owner: ruleset.Owner, handle: int, seconds: float) -> float:
+        """Wait until an owner's chain, which has this handle, has changed or its link has gone; the seconds that took.
+
+        Not longer than `seconds`, and never under the lock.
+        """
+        from .alive import until
+        return until(lambda: self.handle(owner.chain) != handle or
+                     bool(owner.link and not self.has_link(owner.link)), seconds)
 
     # --- comparing ---
 
@@ -500,6 +559,10 @@ def interface_to(family: int, ip: str) -> str:
 
 def _localnet(interface: str) -> str:
     return f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"
+
+
+def _handle(chain: dict[int, bytes]) -> int:
+    return int.from_bytes(chain.get(2, b""), "big")  # NFTA_CHAIN_HANDLE
 
 
 def _is_interface(name: str) -> bool:

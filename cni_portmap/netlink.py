@@ -11,7 +11,7 @@ from _struct import Struct
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 _ERROR, _DONE = 2, 3
@@ -20,7 +20,7 @@ _HEADER = Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = Struct("=HH")  # nlattr: length, type
 _INT = Struct("=i")
 
-ENOENT, EINTR, EBADMSG = 2, 4, 74
+ENOENT, EINTR, ENODEV, EBADMSG = 2, 4, 19, 74
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -86,7 +86,7 @@ class Socket:
         raise OSError(EINTR, "the ruleset never holds still")
 
     def ask_each(self, kind: int, bodies: "Iterable[bytes]", flags: int = 0) -> list[bytes | None]:
-        """One answer for each message, None where there is nothing of that name (ENOENT)."""
+        """One answer for each message, None where there is nothing of that name (ENOENT; for links ENODEV)."""
         answers: list[bytes | None] = []
         waiting = [*bodies]
         while waiting:
@@ -103,7 +103,7 @@ class Socket:
                         answers.append(answer)
                         continue
                     code = _error_of(answer)
-                    if code not in (0, ENOENT):
+                    if code not in (0, ENOENT, ENODEV):
                         raise OSError(code, "netlink")
                     answers.append(None if code else b"")
         return answers
@@ -153,6 +153,13 @@ class NfTables:
         """A chain's attributes (enum nft_chain_attributes), None where there is no such chain."""
         answer = self._netlink.ask_each(_GETCHAIN, [_NFPROTO_INET + _name(1, self._table) + _name(3, chain)])[0]
         return None if answer is None else dict(attributes(answer, 4))
+
+    def chains(self) -> "Iterator[dict[int, bytes]]":
+        """The attributes of each of the table's chains."""
+        for answer in self._netlink.dump(_GETCHAIN, _NFPROTO_INET):
+            found = dict(attributes(answer, 4))
+            if found.get(1) == self._table.encode() + b"\0":
+                yield found
 
     def has_set(self, name: str) -> bool:
         """Whether the table has a set or map of that name."""
@@ -464,5 +471,26 @@ def local_addresses() -> set[bytes]:
 def link_kind(interface: int) -> str:
     """What an interface is: "bridge", "veth", ...; "" where it has no kind."""
     body = bytes(4) + interface.to_bytes(4, "little") + bytes(8)  # ifinfomsg
-    link = dict(attributes(Socket(NETLINK_ROUTE).ask(_GETLINK, body)[0], 16))
-    return _text(dict(attributes(link.get(18, b""))).get(1, b""))  # IFLA_LINKINFO, IFLA_INFO_KIND
+    return _kind_of(Socket(NETLINK_ROUTE).ask(_GETLINK, body)[0])
+
+
+def _kind_of(link: bytes) -> str:
+    return _text(dict(attributes(dict(attributes(link, 16)).get(18, b""))).get(1, b""))  # IFLA_LINKINFO, IFLA_INFO_KIND
+
+
+PAIRED = ("veth", "netkit")  # kinds of links that end when one end of them does
+
+
+def paired_link(names: "Sequence[str]") -> tuple[str, int]:
+    """Name and index of the last of these interfaces that is one end of a pair; ("", 0) for none.
+
+    The last: a result names the bridge first.
+    """
+    netlink = Socket(NETLINK_ROUTE)
+    without_counters = attribute(29, b"\x08\0\0\0")  # IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS
+    for name in reversed(names):
+        body = bytes(16) + _name(3, name) + without_counters  # ifinfomsg, IFLA_IFNAME
+        answer = netlink.ask_each(_GETLINK, [body])[0]
+        if answer and _kind_of(answer) in PAIRED:
+            return name, int.from_bytes(answer[4:8], "little")
+    return "", 0

@@ -6,42 +6,107 @@ so whoever is killed at any instant leaves all of it or nothing.
 from _socket import AF_INET, AF_INET6, inet_pton
 
 from . import ruleset
-from .cni import (CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, NFT_REFUSED, NOT_AVAILABLE, PORT_IN_USE, PORT_TAKEN,
-                  TRY_AGAIN_LATER, CniError, warn)
+from .cni import (CHECK_FAILED, FOREIGN_TABLE, INVALID_CONFIG, INVALID_ENVIRONMENT, NFT_REFUSED, NOT_AVAILABLE,
+                  PORT_IN_USE, PORT_TAKEN, TRY_AGAIN_LATER, CniError, warn)
 from .config import DEFAULT_MARK_BIT, Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from .alive import Verdict
     from .kernel import Kernel
     from .netlink import Flow
+    from .ruleset import Owner
+
+    Judged = dict[tuple[str, int], Verdict]  # by chain and handle
+
+
+STRANGER_SECONDS = 2  # to wait for a living owner: its DEL may be under way, as in Kubernetes
+PREDECESSOR_SECONDS = 10  # where it is the same pod, with another sandbox
+
+
+class Unjudged(Exception):
+    """Owners of whom nothing is known yet: they are judged without the lock, and then it is tried again."""
+
+    def __init__(self, owners: "list[Owner]") -> None:
+        super().__init__()
+        self.owners = owners
+
+
+class PortTaken(CniError):
+    """A port has an owner that lives, or cannot be judged. `handle`: of the owner's chain."""
+
+    def __init__(self, msg: str, details: str, owner: "Owner", handle: int) -> None:
+        super().__init__(PORT_TAKEN, msg, details)
+        self.owner, self.handle = owner, handle
 
 
 def add(attachment: Attachment, kernel: "Kernel") -> None:
-    """Publish the ports of an attachment, in place of all that it published before."""
-    chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
-    attachment.inode = kernel.inode(attachment.netns)
+    """Publish the ports of an attachment, in place of all that it published before.
+
+    Raises CniError(4) where its container has gone meanwhile, and CniError(101) where a port has an owner that lives,
+    and still does after some seconds without the lock.
+    """
     _try_conditions(attachment, kernel)
     new = ruleset.elements_for(attachment)
-    with kernel.lock():
-        replaced, elsewhere = _settle(attachment, chain, kernel)
-        if kernel.has_chain(chain):
-            replaced.append(chain)
-        if attachment.refuse_bound:
-            _refuse_bound(attachment, kernel)
-        owned, targets = kernel.elements_of(replaced), kernel.targets(replaced)
-        released = [item for item in owned if item[0] not in new]
-        kept_by_none = [item for item in released if item[1] == chain]  # what a dead container had is nobody's
-        base = _base([attachment], kernel)
-        if base:
-            _write_base(base, kernel)
-        closed = _closed_to_localhost([attachment], kernel)
-        kernel.transact(_detach(replaced, owned, kept_by_none, kernel) + _attach(attachment, elsewhere, kernel) +
-                        ruleset.note_opened(closed))
-        _open_localhost([attachment], closed, kernel)
+    judged: Judged = {}
+    waited, flushed = 0.0, False
+    while True:
+        _look_at(attachment, kernel)
+        rules = ruleset.rules_text(attachment)
+        try:
+            with kernel.lock() as late:
+                if attachment.link or late:
+                    _look_again_at(attachment, kernel)
+                released, targets = _publish(attachment, rules, judged, kernel)
+            break
+        except Unjudged as unjudged:
+            _judge(unjudged.owners, judged, kernel)
+        except PortTaken as taken:
+            left = _patience(attachment, taken.owner) - waited
+            if left <= 0:
+                raise CniError(PORT_TAKEN, f"{taken.msg}; waited {waited:.0f} s for it to go", taken.details) from None
+            waited += kernel.wait_for(taken.owner, taken.handle, left)
+        except CniError as error:
+            if flushed or not _is_flush(error):
+                raise
+            flushed = True
     _forget_elsewhere(new, attachment, kernel)
     forget_released(released, targets, kernel)
+
+
+def _publish(attachment: Attachment, rules: str, judged: "Judged", kernel: "Kernel") \
+        -> "tuple[list[tuple[tuple[str, bytes], str]], dict[str, set[bytes]]]":
+    """Write what `add` is to write, under the lock.
+
+    Returns the elements that are not published any more, each with the chain that it led to, and where those led.
+    """
+    chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+    replaced, elsewhere = _settle(attachment, chain, kernel, judged)
+    again = kernel.has_chain(chain)
+    if again:
+        _refuse_namesake(attachment, chain, kernel, judged)
+        replaced.append(chain)
+    if attachment.refuse_bound:
+        _refuse_bound(attachment, kernel)
+    new = ruleset.elements_for(attachment)
+    owned, targets = kernel.elements_of(replaced), kernel.targets(replaced)
+    released = [item for item in owned if item[0] not in new]
+    kept_by_none = [item for item in released if item[1] == chain]  # what a dead container had is nobody's
+    base = _base([attachment], kernel)
+    if base:
+        _write_base(base, kernel)
+    closed = _closed_to_localhost([attachment], kernel)
+    kernel.transact(_detach(replaced, owned, kept_by_none, kernel) +
+                    _attach(attachment, elsewhere, kernel, rules, again) + ruleset.note_opened(closed))
+    _open_localhost([attachment], closed, kernel)
+    return released, targets
+
+
+def _is_flush(error: CniError) -> bool:
+    """Whether a transaction failed because what had been read was gone: somebody flushed the ruleset in between."""
+    return error.code == NFT_REFUSED and "No such file or directory" in error.msg
 
 
 def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
@@ -52,10 +117,24 @@ def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
     remove([chain], kernel)
 
 
-def remove(chains: "Iterable[str]", kernel: "Kernel") -> None:
-    """Remove attachments' chains, those that exist, with all that leads to them, in one transaction."""
+def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] | None" = None) -> None:
+    """Remove attachments' chains, those that exist, with all that leads to them, in one transaction.
+
+    `handles`: what was judged; a chain with another handle was written meanwhile, and stays.
+    """
+    chains = [*chains]
+    try:
+        _remove(chains, kernel, handles)
+    except CniError as error:
+        if not _is_flush(error):
+            raise
+        _remove(chains, kernel, handles)
+
+
+def _remove(chains: "list[str]", kernel: "Kernel", handles: "dict[str, int] | None") -> None:
     with kernel.lock():
-        there = [chain for chain in chains if kernel.has_chain(chain)]
+        there = [chain for chain in chains if (kernel.has_chain(chain) if handles is None else
+                                               kernel.handle(chain) == handles.get(chain))]
         owned, targets = kernel.elements_of(there), kernel.targets(there)
         if there:
             kernel.transact(_detach(there, owned, owned, kernel) + ruleset.forget_opened(kernel.opened_and_gone()))
@@ -68,7 +147,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     Raises CniError(104), naming the first piece that is missing or altered.
     """
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
-    attachment.inode = kernel.inode(attachment.netns)
+    attachment.inode = kernel.namespace(attachment.netns)
     wanted = ruleset.elements_for(attachment)
     names = (*ruleset.BASE, chain)
     with kernel.lock():
@@ -76,8 +155,10 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
         found = kernel.lookup(wanted)
         real = {name: kernel.picture(name) for name in names}
         references = kernel.references(chain)
+        owner = kernel.owner(chain)
     if dormant:
         raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
+    _check_owner(attachment, owner, kernel)
     home = _home(found.values(), attachment, kernel)
     for element, port in wanted.items():
         if found.get(element) not in home:
@@ -105,14 +186,19 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
 
 
 def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
-    """Remove every attachment of `network` that is not among the `valid` (container ID, interface).
+    """Remove every attachment of `network` that is not among the `valid` (container ID, interface)."""
+    handles = kernel.handles()
+    _sweep([owner for owner in kernel.owners()
+            if owner.network == network and (owner.container_id, owner.ifname) not in valid], handles, kernel)
+
+
+def _sweep(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel") -> None:
+    """Remove the chains of these owners, but those that were written anew since their `handles` were read.
 
     Goes on after an error, one by one, and raises them all as one.
     """
-    stale = [owner for owner in kernel.owners()
-             if owner.network == network and (owner.container_id, owner.ifname) not in valid]
     try:
-        remove([owner.chain for owner in stale], kernel)
+        remove([owner.chain for owner in stale], kernel, handles)
         return
     except CniError as error:
         if error.code == TRY_AGAIN_LATER:
@@ -121,7 +207,7 @@ def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
     errors = []
     for owner in stale:
         try:
-            remove([owner.chain], kernel)
+            remove([owner.chain], kernel, handles)
         except CniError as error:
             errors.append(f"{owner}: {error.msg}")
     if errors:
@@ -139,64 +225,6 @@ def status(kernel: "Kernel") -> None:
         raise CniError(NOT_AVAILABLE, error.msg, error.details) from None
     if problem:
         raise CniError(NOT_AVAILABLE, f"the kernel does not take our ruleset: {problem}", "see nft list ruleset")
-
-
-def restore(attachments: "Iterable[Attachment]", kernel: "Kernel", dry_run: bool = False) \
-        -> "tuple[list[Attachment], list[tuple[Attachment, CniError]]]":
-    """Publish again what of `attachments` the kernel has lost: the base, then all of them in one transaction.
-
-    Returns those that are published again, and those that cannot be, each with the reason. The first of two that
-    claim one port gets it. `dry_run`: nothing is written.
-    """
-    asked: dict[str, tuple[Attachment, dict[tuple[str, bytes], str]]] = {}  # by chain, with where its elements lead
-    whole: set[str] = set()
-    anew: set[str] = set()
-    gone: set[str] = set()  # chains of the dead, and those that are written anew
-    refused: list[tuple[Attachment, CniError]] = []
-    claimed: dict[tuple[str, bytes], Attachment] = {}
-    with kernel.lock():
-        for attachment in attachments:
-            chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
-            if chain in asked:
-                continue  # two folders remember it
-            ports = ruleset.elements_for(attachment)
-            found = kernel.lookup(ports)
-            asked[chain] = attachment, found
-            if _is_whole(attachment, chain, found, kernel):
-                whole.add(chain)
-            else:
-                try:
-                    for element, port in ports.items():
-                        _refuse_overlap(element, port, attachment, claimed)
-                    gone.update(_settle(attachment, chain, kernel)[0])
-                except CniError as error:
-                    refused.append((attachment, error))
-                    continue
-                anew.add(chain)
-            claimed = dict.fromkeys(ports, attachment) | claimed
-        gone |= anew
-        while bereft := {chain for chain in whole - gone if gone.intersection(asked[chain][1].values())}:
-            anew |= bereft  # they stand by for a chain that is written anew
-            gone |= bereft
-        lost = [attachment for chain, (attachment, _) in asked.items() if chain in anew]
-        base = _base([asked[chain][0] for chain in whole | anew], kernel) if whole or anew else ""
-        replaced = [chain for chain in sorted(gone) if kernel.has_chain(chain)]
-        text = _detach(replaced, kernel.elements_of(replaced), (), kernel)
-        leads: dict[tuple[str, bytes], str] = {}
-        for attachment in lost:
-            chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
-            leads |= {element: other for element, other in asked[chain][1].items() if other not in gone}
-            own = ruleset.elements_for(attachment)
-            text += _attach(attachment, {element: leads[element] for element in own if element in leads}, kernel)
-            leads = dict.fromkeys(own, chain) | leads
-        forgotten = bool(base) and not kernel.notes_opened()  # the table was gone: what is open now, we had opened
-        if base and not dry_run:
-            _write_base(base, kernel)
-        if text and not dry_run:
-            closed = _closed_to_localhost(lost, kernel, forgotten)
-            kernel.transact(text + ruleset.note_opened(closed))
-            _open_localhost(lost, closed, kernel)
-    return lost, refused
 
 
 def repair_base(kernel: "Kernel", dry_run: bool = False) -> bool:
@@ -218,14 +246,102 @@ def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
             raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text", problem)
 
 
-def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
+# Who lives is looked for without the lock, and looked at again under it by what cannot hang. What was found is kept by
+# chain and handle: a chain that was written anew meanwhile has another handle, and is judged anew.
+
+def _look_at(attachment: Attachment, kernel: "Kernel") -> None:
+    """Note by what the container will be known to live, its link and its namespace. Raises CniError(4) if it is gone.
+
+    The namespace is not kept open: that would keep it alive, and its link.
+    """
+    attachment.link = kernel.link(attachment.links) if attachment.links else ""
+    inode = kernel.namespace(attachment.netns)
+    if inode < 0 and not attachment.link:
+        raise _gone(attachment)
+    attachment.inode = max(inode, 0)  # with a link it lives, though its path is not seen from here
+
+
+def _look_again_at(attachment: Attachment, kernel: "Kernel") -> None:
+    """Raise CniError(4) if the container has gone since `_look_at`. It cannot hang."""
+    if not kernel.has_link(attachment.link) if attachment.link else kernel.namespace_soon(attachment.netns) < 0:
+        raise _gone(attachment)
+
+
+def _gone(attachment: Attachment) -> CniError:
+    return CniError(INVALID_ENVIRONMENT, f"CNI_NETNS: {attachment.netns} leads to no network namespace",
+                    "the container has ended; nothing was published")
+
+
+def _judge(owners: "list[Owner]", judged: "Judged", kernel: "Kernel") -> None:
+    """Judge these owners, as they are now. Not under the lock."""
+    handles = {owner.chain: kernel.handle(owner.chain) for owner in owners}
+    verdicts = kernel.judge([kernel.owner(chain) for chain in handles])
+    judged |= {(chain, handles[chain]): verdict for chain, verdict in verdicts.items()}
+
+
+def _verdict(owner: "Owner", attachment: Attachment, judged: "Judged", kernel: "Kernel") -> "Verdict | None":
+    """Who lives, as far as it is known under the lock, where an owner meets `attachment`, which lives."""
+    seen = kernel.glance(owner)
+    another = owner.container_id != attachment.container_id
+    if seen:
+        return ("dead", "its link is another's") if another and owner.link == attachment.link else seen
+    if owner.inode and owner.inode == attachment.inode:
+        if another and owner.ifname == attachment.ifname:
+            return "dead", "its interface is another's"  # one of a name in a namespace; its number may be used again
+        return "alive", f"its network namespace {owner.netns} is alive"
+    return judged.get((owner.chain, kernel.handle(owner.chain)))
+
+
+def _patience(attachment: Attachment, owner: "Owner") -> float:
+    """For how many seconds an attachment waits for an owner that lives."""
+    same_pod = "/" in attachment.pod and attachment.pod == owner.pod and attachment.container_id != owner.container_id
+    return PREDECESSOR_SECONDS if same_pod else STRANGER_SECONDS
+
+
+def _refuse_namesake(attachment: Attachment, chain: str, kernel: "Kernel", judged: "Judged") -> None:
+    """Raise CniError(101) if the attachment's own chain belongs to a namesake: in another network, and it lives.
+
+    Runtimes that share a host may use one container ID twice; network, ID and interface together are unique.
+    """
+    owner = kernel.owner(chain)
+    if owner.network in ("", attachment.network) or (owner.inode and owner.inode == attachment.inode) or \
+            (owner.link and owner.link == attachment.link):
+        return
+    verdict = _verdict(owner, attachment, judged, kernel)
+    if verdict is None:
+        raise Unjudged([owner])
+    if verdict[0] != "dead":
+        raise PortTaken(f"this container ID and interface are already published: {owner}", verdict[1], owner,
+                        kernel.handle(chain))
+
+
+def _check_owner(attachment: Attachment, owner: "Owner", kernel: "Kernel") -> None:
+    """Compare who is recorded with who is asked for: CniError(104) if that is another, or gone.
+
+    One namespace has many paths (/run and /var/run, /proc/PID/ns/net), so paths are not compared. `attachment` becomes
+    what ADD recorded.
+    """
+    verdict = kernel.glance(owner)
+    if verdict and verdict[0] == "dead":
+        raise CniError(CHECK_FAILED, f"the container is gone: {verdict[1]}", "")
+    if attachment.inode < 0 and not verdict:
+        raise CniError(CHECK_FAILED, f"the container is gone: {attachment.netns} leads to no network namespace", "")
+    if owner.inode and attachment.inode > 0 and owner.inode != attachment.inode:
+        raise CniError(CHECK_FAILED, f"chain {owner.chain} belongs to another network namespace, {owner.netns}", "")
+    if owner.netns:
+        attachment.netns, attachment.inode = owner.netns, owner.inode
+        attachment.link, attachment.pod = owner.link, owner.pod
+
+
+def _settle(attachment: Attachment, chain: str, kernel: "Kernel", judged: "Judged") \
         -> "tuple[list[str], dict[tuple[str, bytes], str]]":
     """Who owns the ports of `attachment` now.
 
     Returns the chains of dead containers, which give way; and the elements that lead to this container through
     another of its interfaces, which stay, each with the chain that it leads to.
 
-    Raises CniError(101) where the owner is another and lives: a port has one owner, and it overlaps as in bind(2).
+    Raises PortTaken where the owner is another and lives: a port has one owner, and it overlaps as in bind(2); and
+    Unjudged where that is not known yet.
     """
     claims: dict[tuple[str, bytes], Port] = {}
     wildcards: dict[str, dict[bytes, Port]] = {}
@@ -244,21 +360,27 @@ def _settle(attachment: Attachment, chain: str, kernel: "Kernel") \
         for owner, ending in kernel.claimants(name, endings):
             taken.setdefault(owner, endings[ending])
     taken.pop(chain, None)
-    dead, siblings = [], []
     for other, port in taken.items():
         if not other.startswith("c/"):
             raise CniError(FOREIGN_TABLE, f"{port} is taken by a map element that this plugin did not write",
                            f"find it: nft list table {ruleset.TABLE}")
-        its_owner = kernel.owner(other)
-        if kernel.is_dead(its_owner):
+    owners = {other: kernel.owner(other) for other in taken}
+    verdicts = {other: _verdict(owner, attachment, judged, kernel) for other, owner in owners.items()}
+    unjudged = [owner for other, owner in owners.items() if verdicts[other] is None]
+    if unjudged:
+        raise Unjudged(unjudged)
+    dead, siblings = [], []
+    for other, port in taken.items():
+        state, why = verdicts[other] or ("", "")
+        if state == "dead":
             dead.append(other)
-        elif its_owner.container_id == attachment.container_id:
+        elif owners[other].container_id == attachment.container_id:
             siblings.append(other)
-            warn(f"{port} leads to this container through interface {its_owner.ifname} already; "
+            warn(f"{port} leads to this container through interface {owners[other].ifname} already; "
                  f"{attachment.ifname} stands by")
         else:
-            raise CniError(PORT_TAKEN, f"{port} is already published by {its_owner}",
-                           f"its network namespace {its_owner.netns or '(unknown)'} is alive")
+            raise PortTaken(f"{port} is already published by {owners[other]}", why, owners[other],
+                            kernel.handle(other))
     own = ruleset.elements_for(attachment)
     return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
 
@@ -270,17 +392,16 @@ def _home(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> 
             if chain == own or kernel.owner(chain).container_id == attachment.container_id}
 
 
-def _is_whole(attachment: Attachment, chain: str, found: dict[tuple[str, bytes], str], kernel: "Kernel") -> bool:
-    """Whether nothing was removed of what `attachment` published. `found`: where its elements lead to."""
-    return len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
-        len(found) == len(attachment.ports) and _home(found.values(), attachment, kernel).issuperset(found.values())
+def _attach(attachment: Attachment, elsewhere: dict[tuple[str, bytes], str], kernel: "Kernel", rules: str,
+            again: bool = True) -> str:
+    """Commands that publish what is not published `elsewhere`, and note who stands by for whom.
 
-
-def _attach(attachment: Attachment, elsewhere: dict[tuple[str, bytes], str], kernel: "Kernel") -> str:
-    """Commands that publish what is not published `elsewhere`, and note who stands by for whom."""
+    `again`: whether there may be a chain, with such notes, that is replaced.
+    """
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
-    notes = (ruleset.stand_by(chain, ifname) for ifname in ruleset.standing_by(kernel.comments(chain)))
-    return ruleset.attach(attachment, elsewhere) + "".join(notes) + \
+    noted = ruleset.standing_by(kernel.comments(chain)) if again else []
+    notes = (ruleset.stand_by(chain, ifname) for ifname in noted)
+    return ruleset.attach(attachment, elsewhere, rules) + "".join(notes) + \
         _stand_by(attachment.ifname, elsewhere.values(), kernel)
 
 
@@ -296,32 +417,23 @@ def _detach(chains: "list[str]", owned: "Iterable[tuple[tuple[str, bytes], str]]
     if not chains:
         return ""
     text = ruleset.detach(chains, [element for element, _ in owned])
+    free_of: dict[str, list[tuple[str, bytes]]] = {}
+    for element, chain in released:
+        free_of.setdefault(chain, []).append(element)
+    going = frozenset(chains)
     for chain in chains:
         owner, heirs = kernel.owner(chain), []
         for ifname in ruleset.standing_by(kernel.comments(chain)):
             heir = ruleset.chain_of(owner.container_id, ifname)
-            if heir not in chains and kernel.has_chain(heir):
+            if heir not in going and kernel.has_chain(heir):
                 heirs.append((heir, ifname, kernel.wanted_by(heir)))
-        free = [element for element, its_chain in released if its_chain == chain]
+        free = free_of.get(chain, [])
         for heir, ifname, wanted in heirs:
             inherited = [element for element in free if element in wanted]
             free = [element for element in free if element not in wanted]
             text += ruleset.lead(inherited, heir)
             text += "".join(_stand_by(other, [heir], kernel) for _, other, _ in heirs if inherited and other != ifname)
     return text
-
-
-def _refuse_overlap(element: tuple[str, bytes], port: Port, attachment: Attachment,
-                    claimed: dict[tuple[str, bytes], Attachment]) -> None:
-    """Raise CniError(101) if another of the attachments that are being restored claims an overlapping port."""
-    overlapping = [element, ruleset.wildcard_of(port)] if port.host_ip else \
-        [element, *(other for other in claimed if other[0] == f"hostip{port.family}_hostports" and
-                    other[1][-8:] == element[1][-8:])]
-    for other in overlapping:
-        owner = claimed.get(other, attachment)
-        if owner.container_id != attachment.container_id:
-            raise CniError(PORT_TAKEN, f"{port} is already published by container {owner.container_id}, interface "
-                           f"{owner.ifname}, network {owner.network}")
 
 
 def _mark_bits(attachments: "Iterable[Attachment]") -> set[int]:

@@ -17,7 +17,7 @@ class Published(NamedTuple):
     """One rule of a container: host ports that lead to container ports, as many and in the same order.
 
     `connections`: how many were made through it so far; None where the rule is missing. `owner`: "alive", "dead",
-    or "unknown" where its network namespace cannot be judged.
+    or "unknown" where that cannot be judged. `pod`: what people call it, "" where no runtime said so.
     """
 
     family: int
@@ -32,6 +32,7 @@ class Published(NamedTuple):
     connections: int | None
     owner: str
     netns: str
+    pod: str
 
 
 def published(kernel: Kernel) -> list[Published]:
@@ -44,7 +45,7 @@ def published(kernel: Kernel) -> list[Published]:
                 records.setdefault(chain, []).append(comment)
             elif b"nat\0" in raw:
                 rules.setdefault(chain, []).append(DnatRule(raw, kernel.set_elements))
-    owners: dict[str, tuple[Owner, str]] = {}
+    owners: dict[str, Owner] = {}
     found: dict[tuple[Any, ...], dict[int, int]] = {}
     for element, chain in kernel.elements():
         family, protocol, host, port = claim_of(element)
@@ -54,26 +55,20 @@ def published(kernel: Kernel) -> list[Published]:
         rule = next((rule for rule in fitting if rule.daddr == host), fitting[0] if fitting else None)
         found.setdefault((family, protocol, host, chain, rule), {})[port] = rule.ports[port] if rule else 0
         if chain not in owners:
-            owner = Owner(chain, "".join(records.get(chain, [])))
-            owners[chain] = owner, _state(owner, kernel)
+            owners[chain] = Owner(chain, "".join(records.get(chain, [])))
+    verdicts = kernel.judge(owners.values())
     lines = []
     for (family, protocol, host, chain, rule), ports in found.items():
-        hosts, (owner, state) = tuple(sorted(ports)), owners[chain]
+        hosts, owner, state = tuple(sorted(ports)), owners[chain], verdicts[chain][0]
         lines.append(Published(family, PROTOCOLS.get(protocol, str(protocol)), _text(host or bytes(SIZES[family])),
                                hosts, _text(rule.target) if rule else "", tuple(ports[host] for host in hosts),
                                owner.network, owner.container_id, owner.ifname, rule.packets if rule else None,
-                               state, owner.netns))
+                               state, owner.netns, owner.pod))
     return sorted(lines, key=lambda line: (line.host_ports[0], line.protocol, line.family, line.host_ip))
 
 
 def _text(address: bytes) -> str:
     return inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
-
-
-def _state(owner: Owner, kernel: Kernel) -> str:
-    if not owner.inode:
-        return "unknown"
-    return "dead" if kernel.is_dead(owner) else "alive"
 
 
 def ranges(ports: tuple[int, ...]) -> str:

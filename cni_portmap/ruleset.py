@@ -15,6 +15,7 @@ Source: nft(8).
 """
 from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
+from .cni import is_ifname
 from .config import Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -106,9 +107,12 @@ def _unescape(value: str) -> str:
 
 
 class Owner:
-    """Who an attachment's chain belongs to, as the chain's record says; `inode` 0 where it was not known."""
+    """Who an attachment's chain belongs to, as the chain's record says; `inode` 0 where it was not known.
 
-    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode")
+    `link`: the host's end of its link as name#index, `pod`: what people call it; "" where that is not known.
+    """
+
+    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode", "link", "pod")
 
     def __init__(self, chain: str, record: str) -> None:
         fields = dict(field.partition("=")[::2] for field in record.split(" "))
@@ -119,16 +123,29 @@ class Owner:
         self.ifname = _unescape(fields.get("if", ifname))
         self.network = fields.get("net", "")
         self.netns = _unescape(netns)
-        self.inode = int(inode) if inode.isascii() and inode.isdigit() else 0
+        self.inode = int(inode) if _is_number(inode) else 0
+        name, _, index = fields.get("link", "").partition("#")
+        self.link = f"{name}#{index}" if is_ifname(name) and _is_number(index) else ""
+        self.pod = _unescape(fields.get("pod", ""))
 
     def __str__(self) -> str:
-        return f"container {self.container_id}, interface {self.ifname}, network {self.network or 'unknown'}"
+        pod = f"pod {self.pod}, " if self.pod else ""
+        return f"{pod}container {self.container_id}, interface {self.ifname}, network {self.network or 'unknown'}"
+
+
+def _is_number(text: str) -> bool:
+    """Whether a record's number is one that we could have written: not more than 64 bits."""
+    return text.isascii() and text.isdigit() and len(text) <= 20
 
 
 def record_of(attachment: Attachment) -> list[str]:
     """The owner's record as comments; more than one where it is too long for the kernel."""
     chain = chain_of(attachment.container_id, attachment.ifname)
     fields = [f"net={attachment.network}", f"netns={_escape(attachment.netns)}#{attachment.inode or ''}"]
+    if attachment.link:
+        fields.append(f"link={attachment.link}")
+    if attachment.pod:
+        fields.append(f"pod={attachment.pod}")
     if chain != f"c/{attachment.container_id}/{attachment.ifname}":
         fields += [f"id={attachment.container_id}", f"if={_escape(attachment.ifname)}"]
     record = " ".join(fields)
@@ -266,15 +283,20 @@ def base(missing: "Iterable[str]", wrong: "Iterable[str]", bits: "Iterable[int]"
     return "\n".join(lines) + "\n"
 
 
-def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = ()) -> str:
+def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = (), rules: str = "") -> str:
     """Commands that publish the ports of `attachment`: its chain, and the elements that lead there.
 
     `elsewhere`: the elements (map, key) that lead to the container through another of its interfaces, and stay.
+    `rules`: what `rules_text` has said before.
     """
-    chain = chain_of(attachment.container_id, attachment.ifname)
-    lines = [f"create chain {TABLE} {chain}", *_chain(chain, rules_of(attachment))]
     own = [element for element in elements_for(attachment) if element not in elsewhere]
-    return "\n".join(lines) + "\n" + lead(own, chain)
+    return (rules or rules_text(attachment)) + lead(own, chain_of(attachment.container_id, attachment.ifname))
+
+
+def rules_text(attachment: Attachment) -> str:
+    """Commands that create the chain of `attachment`, with its rules: to be built before the lock is taken."""
+    chain = chain_of(attachment.container_id, attachment.ifname)
+    return "\n".join((f"create chain {TABLE} {chain}", *_chain(chain, rules_of(attachment)))) + "\n"
 
 
 def lead(elements: "Sequence[tuple[str, bytes]]", chain: str) -> str:
@@ -309,10 +331,12 @@ def rules_of(attachment: Attachment) -> "Iterator[str]":
         yield f'{"continue" if index else "counter"} comment "{part}"'
     yield from _marks(attachment)
     for family, address in sorted(attachment.addresses.items()):
-        ports = [port for port in attachment.ports if port.family == family]
-        for host_ip, protocol in sorted({(port.host_ip, port.protocol) for port in ports}, reverse=True):
-            pairs = sorted((port.host_port, port.container_port) for port in ports
-                           if (port.host_ip, port.protocol) == (host_ip, protocol))
+        groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for port in attachment.ports:
+            if port.family == family:
+                groups.setdefault((port.host_ip, port.protocol), []).append((port.host_port, port.container_port))
+        for (host_ip, protocol), pairs in sorted(groups.items(), reverse=True):
+            pairs.sort()
             match = f"{_IP[family]} daddr {host_ip}" if host_ip else f"meta nfproto ipv{family}"
             if attachment.conditions.get(family):
                 match += f" {attachment.conditions[family]}"

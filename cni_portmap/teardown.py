@@ -23,8 +23,9 @@ def teardown(kernel: Kernel, force: bool = False, dry_run: bool = False) -> Tear
 
     Whatever is killed in between leaves localhost closed, or the guard that it needs.
     """
+    verdicts = kernel.judge(kernel.owners())
     with kernel.lock():
-        published = [(owner, kernel.is_dead(owner)) for owner in kernel.owners()]
+        published = [(owner, verdicts.get(owner.chain, ("", ""))[0] == "dead") for owner in kernel.owners()]
         if published and not force:
             return Teardown(published, True, True, Closing([], [], {}))
         chains = [owner.chain for owner, _ in published]

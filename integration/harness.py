@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import pytest
 
 sys.path[:0] = [str(lab.ROOT), "/usr/lib/python3/dist-packages"]
 import nftables  # noqa: E402
-from cni_portmap import cni, kernel, netlink, plugin, portmap, ruleset  # noqa: E402, F401  # so that forks have them
+from cni_portmap import cni, kernel, netlink, plugin, portmap, ruleset  # noqa: E402  # so that forks have them
 
 LOCK = pathlib.Path(kernel.LOCK)
 TABLE = ruleset.TABLE
@@ -35,30 +36,50 @@ def mapping(text: str) -> dict[str, object]:
 
 
 class Pod:
-    """An attachment of a container, as a runtime describes it to the plugin. `config`: more keys of its conflist."""
+    """An attachment of a container, as a runtime describes it to the plugin. `config`: more keys of its conflist.
+
+    `link`: the host's end of its link, named in the result; `args`: CNI_ARGS. Its namespace is made for its first ADD,
+    if it is a name that nobody has; of one that is `gone` it is not.
+    """
 
     def __init__(self, name: str, *ports: str, ips: tuple[str, ...] = ("10.20.0.2/24",), ifname: str = "eth0",
-                 network: str = "net", netns: str = "", **config: object) -> None:
+                 network: str = "net", netns: str = "", link: str = "", args: str = "", gone: bool = False,
+                 **config: object) -> None:
         self.id, self.ifname, self.network, self.ips = name, ifname, network, ips
-        self.netns = netns or f"/run/netns/{name}"
+        self.netns = netns or f"/run/netns/{name[:200]}"
+        self.link, self.args, self.gone = link, args, gone
         self.config = {"cniVersion": "1.1.0", "name": network, "type": "portmap", **config}
         self.ports = [mapping(port) for port in ports]
         self.chain = ruleset.chain_of(name, ifname)
 
     def environ(self, verb: str) -> dict[str, str]:
+        if verb == "ADD" and not self.gone:
+            make_namespace(self.netns)
         return {"CNI_COMMAND": verb, "CNI_CONTAINERID": self.id, "CNI_NETNS": self.netns, "CNI_IFNAME": self.ifname,
-                "CNI_PATH": "/nowhere"}
+                "CNI_PATH": "/nowhere", "CNI_ARGS": self.args}
 
     def stdin(self, verb: str) -> str:
-        result = {"cniVersion": self.config["cniVersion"], "interfaces": [{"name": self.ifname, "sandbox": self.netns}],
+        interfaces = [{"name": self.ifname, "sandbox": self.netns}] + [{"name": self.link}] * bool(self.link)
+        result = {"cniVersion": self.config["cniVersion"], "interfaces": interfaces,
                   "ips": [{"address": ip, "interface": 0} for ip in self.ips]}
         return json.dumps({**self.config, "runtimeConfig": {"portMappings": self.ports}, "prevResult": result})
 
     def but(self, *ports: str) -> "Pod":
         """The same attachment with other ports."""
-        other = Pod(self.id, *ports, ips=self.ips, ifname=self.ifname, network=self.network, netns=self.netns)
+        other = Pod(self.id, *ports, ips=self.ips, ifname=self.ifname, network=self.network, netns=self.netns,
+                    link=self.link, args=self.args, gone=self.gone)
         other.config = self.config
         return other
+
+
+_making = threading.Lock()
+
+
+def make_namespace(path: str) -> None:
+    """A network namespace where a path under /run/netns says so, if there is nothing."""
+    with _making:
+        if path.startswith("/run/netns/") and not os.path.lexists(path):
+            lab.run("ip", "netns", "add", path.rpartition("/")[2])
 
 
 class Collection:
@@ -136,6 +157,7 @@ class Fork:
         if not self.pid:
             try:
                 os.dup2(self._stderr.fileno(), 2)
+                portmap.STRANGER_SECONDS, portmap.PREDECESSOR_SECONDS = 0.2, 1  # thousands of calls are refused
                 prepare()
                 if self.traced:
                     _libc.ptrace(PTRACE_TRACEME, 0, None, None)

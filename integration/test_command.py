@@ -49,14 +49,14 @@ def test_list(bin_dir, web):
     lines = [line.split() for line in command(bin_dir, "list").splitlines()]
     me, net = web.id[:12], "command"
     assert lines == [
-        ["HOST", "CONTAINER", "NETWORK", "ID", "INTERFACE", "CONNECTIONS", "OWNER"],
-        ["0.0.0.0:5353/udp", f"{web.ipv4}:53", net, me, "eth0", "0", "alive"],
-        ["[::]:5353/udp", f"[{web.ipv6}]:53", net, me, "eth0", "0", "alive"],
-        ["0.0.0.0:7000-7019,8080/tcp", f"{web.ipv4}:7100-7119,80", net, me, "eth0", "3", "alive"],
-        ["[::]:8080/tcp", f"[{web.ipv6}]:80", net, me, "eth0", "0", "alive"],
-        ["127.0.0.1:8081/tcp", f"{web.ipv4}:80", net, me, "eth0", "0", "alive"],
-        ["0.0.0.0:9000-9003/udp", f"{web.ipv4}:9000-9003", net, me, "eth0", "0", "alive"],
-        ["[::]:9000-9003/udp", f"[{web.ipv6}]:9000-9003", net, me, "eth0", "0", "alive"]]
+        ["HOST", "CONTAINER", "NETWORK", "POD", "ID", "INTERFACE", "CONNECTIONS", "OWNER"],
+        ["0.0.0.0:5353/udp", f"{web.ipv4}:53", net, "-", me, "eth0", "0", "alive"],
+        ["[::]:5353/udp", f"[{web.ipv6}]:53", net, "-", me, "eth0", "0", "alive"],
+        ["0.0.0.0:7000-7019,8080/tcp", f"{web.ipv4}:7100-7119,80", net, "-", me, "eth0", "3", "alive"],
+        ["[::]:8080/tcp", f"[{web.ipv6}]:80", net, "-", me, "eth0", "0", "alive"],
+        ["127.0.0.1:8081/tcp", f"{web.ipv4}:80", net, "-", me, "eth0", "0", "alive"],
+        ["0.0.0.0:9000-9003/udp", f"{web.ipv4}:9000-9003", net, "-", me, "eth0", "0", "alive"],
+        ["[::]:9000-9003/udp", f"[{web.ipv6}]:9000-9003", net, "-", me, "eth0", "0", "alive"]]
 
 
 @pytest.mark.parametrize(("options", "count"), [

@@ -5,6 +5,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from harness import TABLE, Call, Collection, Host, Pod, fork, host_fixture  # no
 
 WEB = Pod("web", "8080:80", "127.0.0.1:7070:70/udp")
 OTHER = Pod("other", "9090:80")
+PODS = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"
 EVERYTHING = "TRUST_EVERYTHING" in os.environ  # every error at every call, minutes instead of seconds
 
 
@@ -37,12 +39,15 @@ def _published() -> None:
 
 def _owner_dead() -> None:
     _base()
-    place, away = pathlib.Path("/run/netns/dead"), pathlib.Path("/run/netns/away")  # one inode, whenever this runs
-    if not away.exists():
-        away.touch()
-    away.rename(place)
-    fork("ADD", Pod("dead", "8080:80", "6060:60"))
-    place.rename(away)
+    lab.run("ip", "link", "add", "dead0", "index", 4711, "type", "veth", "peer", "name", "dead1")  # the same each time
+    fork("ADD", Pod("dead", "8080:80", "6060:60", link="dead0"))
+    lab.run("ip", "link", "del", "dead0")
+
+
+def _with_link() -> None:
+    _base()
+    if "pod0" not in dict(socket.if_nameindex()).values():
+        lab.run("ip", "link", "add", "pod0", "index", 4712, "type", "veth", "peer", "name", "pod1")
 
 
 def _base_damaged() -> None:
@@ -59,6 +64,7 @@ def _three_stale() -> None:
 SWEEPS: dict[str, tuple[Callable[[], None], str, "Pod | Collection"]] = {
     "the first ADD ever": (_nothing, "ADD", WEB),
     "ADD": (_base, "ADD", WEB),
+    "ADD of a pod with a link": (_with_link, "ADD", Pod("pod", "8080:80", link="pod0", args=PODS)),
     "ADD again with other ports": (_published, "ADD", WEB.but("8081:80", "7070:70/udp")),
     "ADD in place of a dead owner": (_owner_dead, "ADD", WEB),
     "ADD that repairs the base": (_base_damaged, "ADD", WEB),
@@ -476,6 +482,8 @@ def test_poor_environment(host, name, verb, tmp_path_factory):
         lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
         before = harness.state()
         what = Collection("net") if verb in ("GC", "STATUS") else WEB
+        if verb == "ADD":
+            what = Pod("web", "8080:80", "127.0.0.1:7070:70/udp", netns="/proc/self/ns/net")  # not in /run
         reply = Call(executable, verb, what, wrapped).answer()
         assert reply.code == code or not code and reply.code in (5, 100), reply
         assert named in reply.msg + reply.details, reply

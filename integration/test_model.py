@@ -4,10 +4,13 @@ TRUST_STEPS steps (2,000) of the walk TRUST_SEED (another one each time; it is p
 what, and nothing of nftables; `observed` reads the kernel with nft. Most calls run in a fork of this process, some
 through the executable. In the end real clients connect to everything that may be published.
 """
+import contextlib
 import itertools
 import os
+import pathlib
 import random
 import re
+import socket
 from typing import Any, NamedTuple
 
 import harness
@@ -33,12 +36,13 @@ class Owned(NamedTuple):
 
     network: str
     netns: str  # path#inode, "" if the record is lost
+    link: str  # of the host's end of its link, as name#index, "" if none is known
     targets: "tuple[tuple[Claim, str], ...]"
     claims: frozenset[Claim]
     standby: frozenset[str]  # the container's other interfaces that publish some of it too
 
 
-NOBODY = Owned("", "", (), frozenset(), frozenset())
+NOBODY = Owned("", "", "", (), frozenset(), frozenset())
 State = dict[str, Owned]  # by chain
 BASE = frozenset(("dispatch", "guard", "prerouting", "output", "postrouting"))
 
@@ -62,7 +66,7 @@ class Model:  # noqa: PLW1641  # compared, never in a set
         for chain, owned in self.owned.items():
             if chain == pod.chain or not any(overlap(claim, other) for claim in wanted for other in owned.claims):
                 continue
-            if is_dead(owned.netns):
+            if is_dead(owned):
                 gone.add(chain)
             elif chain.startswith(f"c/{pod.id}/"):
                 mates.add(chain)
@@ -70,8 +74,8 @@ class Model:  # noqa: PLW1641  # compared, never in a set
                 return 101, self
         left = self.without(gone, {*self.owned.get(pod.chain, NOBODY).claims} - {*wanted}).owned
         claims = frozenset(wanted).difference(*(self.owned[mate].claims for mate in mates))
-        left[pod.chain] = Owned(pod.network, f"{pod.netns}#{inode(pod.netns)}", tuple(sorted(wanted.items())), claims,
-                                self.owned.get(pod.chain, NOBODY).standby)
+        left[pod.chain] = Owned(pod.network, f"{pod.netns}#{inode(pod.netns)}", link(pod.link),
+                                tuple(sorted(wanted.items())), claims, self.owned.get(pod.chain, NOBODY).standby)
         for mate in mates:
             if {*wanted} & self.owned[mate].claims:
                 left[mate] = left[mate]._replace(standby=left[mate].standby | {pod.ifname})
@@ -95,7 +99,7 @@ class Model:  # noqa: PLW1641  # compared, never in a set
         wanted, owned = targets_of(pod), self.owned.get(pod.chain)
         led = {claim for chain, mate in self.owned.items() if chain.startswith(f"c/{pod.id}/") for claim in mate.claims}
         whole = owned and owned.targets == tuple(sorted(wanted.items())) and {*wanted} <= led and \
-            owned.netns == f"{pod.netns}#{inode(pod.netns)}"
+            owned.netns == f"{pod.netns}#{inode(pod.netns)}" and not is_dead(owned)
         return 0 if whole and self.base == BASE else 104
 
 
@@ -124,9 +128,23 @@ def inode(path: str) -> str:
     return str(os.stat(path).st_ino) if os.path.exists(path) else ""
 
 
-def is_dead(netns: str) -> bool:
-    path, _, number = netns.partition("#")
-    return bool(number) and inode(path) != number
+def link(name: str) -> str:
+    """An interface of the host as name#index, "" for none."""
+    return f"{name}#{socket.if_nametoindex(name)}" if name else ""
+
+
+def is_dead(owned: Owned) -> bool:
+    """By its link; by its namespace, which any name may lead to, where no link is known."""
+    if owned.link:
+        return all(index != int(owned.link.rpartition("#")[2]) for index, _ in socket.if_nameindex())
+    number = owned.netns.partition("#")[2]
+    if not number or number in {inode(str(path)) for path in pathlib.Path("/run/netns").iterdir()}:
+        return False
+    for process in pathlib.Path("/proc").glob("[0-9]*"):  # somebody else's by now, whose tests run beside
+        with contextlib.suppress(OSError):
+            if f"net:[{number}]" in (os.readlink(process / "ns/net"), *(process / "mountinfo").read_text().split()):
+                return False
+    return True
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------
@@ -149,11 +167,12 @@ def observed() -> Model:
     for chain, its_rules in rules.items():
         if chain.startswith("c/"):
             record = next((rule["comment"] for rule in its_rules if "comment" in rule), "")
-            found = re.fullmatch(r"net=(\S+) netns=(\S+)", record)
+            found = re.fullmatch(r"net=(\S+) netns=(\S+?)(?: link=(\S+))?", record)
             targets = tuple(sorted(filter(None, map(_target, its_rules))))
             standby = (re.fullmatch(r"also on (\S+)", rule.get("comment", "")) for rule in its_rules)
-            owned[chain] = Owned(found[1] if found else "", found[2] if found else "", targets,
-                                 frozenset(claims.pop(chain, ())), frozenset(note[1] for note in standby if note))
+            network, netns, its_link = found.groups("") if found else ("", "", "")
+            owned[chain] = Owned(network, netns, its_link, targets, frozenset(claims.pop(chain, ())),
+                                 frozenset(note[1] for note in standby if note))
     assert not claims, f"elements of nobody: {claims}"
     pictures = {chain: str((hooks[chain], rules[chain])) for chain in BASE & {*rules}}
     for chain, picture in pictures.items():
@@ -222,7 +241,7 @@ class World:
         """What a runtime would ask for now, for a container that lives."""
         slot = self.slots[container]
         pod = Pod(f"c{container}", ips=(f"10.20.{slot}.2/24", f"fd20:{slot}::2/64"), ifname=ifname,
-                  network=INTERFACES[ifname])
+                  network=INTERFACES[ifname], link=self.random.choice(("", self.devices[container])))
         claims: set[Claim] = set()
         for _ in range(self.random.choice((1, 1, 2, 3))):
             ip, port = self.random.choice(PUBLISHED), self.random.choice(HOST_PORTS)
@@ -333,7 +352,7 @@ class World:
             owned[chain] = owned[chain]._replace(claims=owned[chain].claims - {claim})
         else:
             command = f"flush chain {TABLE} {chain}"
-            owned[chain] = owned[chain]._replace(network="", netns="", targets=(), standby=frozenset())
+            owned[chain] = owned[chain]._replace(network="", netns="", link="", targets=(), standby=frozenset())
         self.log[-1] += f": {command}"
         harness.nft(command)
         self.settle([Model(owned, base)])

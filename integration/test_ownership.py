@@ -147,20 +147,27 @@ def test_one_living_owner_protects_the_dead(host):
 
 
 def test_unknown_namespace_is_alive(host):
-    """An owner whose namespace could not be seen when it came is alive."""
-    host.add(Pod("first", "8080:80", netns="/run/netns/never-seen"))
+    """An owner whose namespace could not be seen when it came is alive while its path cannot be followed."""
+    first = Pod("first", "8080:80", netns="/run/loop", gone=True)
+    loop = pathlib.Path(first.netns)
+    loop.symlink_to(loop)
+    host.add(first)
     assert host.call("ADD", Pod("second", "8080:80")).code == 101
+    loop.unlink()
+    host.add(Pod("second", "8080:80"))
 
 
 def test_unreadable_namespace_is_alive(host):
-    """An owner whose namespace's path cannot be followed is alive."""
-    namespace = lab.Namespace("first")
+    """An owner whose namespace's path cannot be followed is alive for as long as its namespace is found elsewhere."""
+    path, elsewhere = pathlib.Path(lab.Namespace("first").path), pathlib.Path("/run/elsewhere")
     host.add(Pod("first", "8080:80"))
-    namespace.remove()
-    path = pathlib.Path(namespace.path)
+    elsewhere.touch()
+    lab.run("mount", "--bind", path, elsewhere)
+    lab.run("umount", path)
+    path.unlink()
     path.symlink_to(path)
     assert host.call("ADD", Pod("second", "8080:80")).code == 101
-    path.unlink()
+    lab.run("umount", elsewhere)
     host.add(Pod("second", "8080:80"))
 
 

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import helpers  # noqa: E402  # it imports the package from the path above
+from cni_portmap import cni  # noqa: E402
 
 # No deadline: the machine may be busy. No database: a test leaves nothing behind, and prints how to repeat a failure.
 hypothesis.settings.register_profile("rootless", deadline=None, database=None, print_blob=True,
@@ -21,6 +22,12 @@ hypothesis.settings.load_profile("rootless")
 def kernel() -> helpers.RecordingKernel:
     """A host with an empty ruleset."""
     return helpers.RecordingKernel()
+
+
+@pytest.fixture(autouse=True)
+def no_warnings() -> None:
+    """Warnings wait until a call has done its work; none waits from the test before."""
+    cni._warnings.clear()
 
 
 @pytest.fixture(scope="session")

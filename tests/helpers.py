@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIABLES = {"CNI_CONTAINERID": "web-1", "CNI_NETNS": "/run/netns/web", "CNI_IFNAME": "eth0"}
 CHAIN = "c/web-1/eth0"  # of the attachment that they name
 INODE = 4026532001
+HANDLE = 7
 PORT = {"hostPort": 8080, "containerPort": 80}
 PREV_RESULT = {"cniVersion": "1.1.0",
                "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": "/run/netns/web"}],
@@ -25,13 +26,18 @@ class RecordingKernel:
 
     `calls` records each call as (method, arguments...), and ("unlock",). An answer is the value given under the
     method's name, or what it returns if it can be called; without one, that of a host with an empty ruleset. The call
-    with the number `fails_at`, counted from 1, fails.
+    with the number `fails_at`, counted from 1, fails. `waits`: whether the lock is another's at first.
     """
 
     EMPTY: ClassVar[dict[str, Any]] = {"has_chain": False, "comments": [], "owners": [], "lookup": {},
                                        "loses_rules": False, "elements_of": [], "claimants": [], "targets": {},
-                                       "inode": INODE, "is_dead": False, "is_dormant": False, "picture": [],
+                                       "namespace": INODE, "namespace_soon": INODE, "link": "", "has_link": True,
+                                       "owner": lambda chain: ruleset.Owner(chain, ""), "waits": False, "glance": None,
+                                       "judge": lambda owners: verdicts(owners, "alive"),
+                                       "handle": lambda chain: HANDLE, "handles": {}, "is_dormant": False,
+                                       "picture": [],
                                        "references": 0, "dry_run": "", "is_bound": False, "allow_localhost6": "",
+                                       "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
                                        "local_addresses": set(), "interface_to_open": "", "opened_and_gone": [],
                                        "notes_opened": True, "has_table": True}
 
@@ -54,10 +60,10 @@ class RecordingKernel:
         return call
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[bool]:
         self.__getattr__("lock")()
         try:
-            yield
+            yield self.answers["waits"]
         finally:
             self.calls.append(("unlock",))
 
@@ -72,6 +78,11 @@ class RecordingKernel:
     def written(self) -> list[str]:
         """The text of each transaction."""
         return [text for _, text in self.named("transact")]
+
+
+def verdicts(owners: Iterable[ruleset.Owner], state: str) -> dict[str, tuple[str, str]]:
+    """What Kernel.judge says where all owners are alike."""
+    return {owner.chain: (state, f"its network namespace {owner.netns} is {state}") for owner in owners}
 
 
 def request(verb: str = "ADD", version: str = "1.0.0", environ: dict[str, str] = VARIABLES, **keys: Any) -> cni.Request:

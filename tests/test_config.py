@@ -4,7 +4,7 @@ import json
 import pytest
 from helpers import PORT, PREV_RESULT, VARIABLES, attachment, configuration, request, respond
 
-from cni_portmap import config
+from cni_portmap import cni, config
 from cni_portmap.cni import CniError
 
 MAPPINGS = "runtimeConfig.portMappings"
@@ -92,6 +92,7 @@ def test_mark_bit_and_chain():
 def test_warned(keys, word, capfd):
     """What is accepted but has no effect here is one line on stderr."""
     config.parse(request(**keys))
+    cni.tell()
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and printed.err.startswith("cni-portmap: ") and word in printed.err
     assert not printed.out
@@ -256,6 +257,7 @@ V4_ONLY = {"prevResult": {"ips": [IP4]}}
 def test_skipped(mapping, published, line, capfd):
     """A port that was asked for on a family that the container lacks is skipped with a line; "" asks for none."""
     assert len(attachment(mapping, **V4_ONLY).ports) == published
+    cni.tell()
     error = capfd.readouterr().err
     assert error.count("\n") == bool(line) and (f"{line} is not published" in error if line else not error)
 
@@ -370,3 +372,30 @@ def test_valid_attachments_refused(key, value, step):
     """A malformed list is refused with its path, rather than taken for an empty one."""
     status, document = respond("GC", configuration(**{key: value}))
     assert (status, document["code"]) == (1, 7) and document["msg"].startswith(f"{key}{step}: ")
+
+
+# --- who it is ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("args, pod", [
+    ("", ""), ("IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-7d9f;K8S_POD_UID=1", "shop/web-7d9f"),
+    ("IgnoreUnknown=1;K8S_POD_NAME=web;MAC=9a:fa:f0:a2:4b:83", "web"),  # podman
+    ("IgnoreUnknown=1;NERDCTL_CNI_DHCP_HOSTNAME=a15e6884b9c5", "a15e6884b9c5"),
+    ("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;NERDCTL_CNI_DHCP_HOSTNAME=x", "shop/web"),
+    ("K8S_POD_NAMESPACE=shop", ""), ("K8S_POD_NAME=", ""), ("K8S_POD_NAME", ""), (";;=;", ""),
+    ("K8S_POD_NAMESPACE=a b;K8S_POD_NAME=web", "web"), ("K8S_POD_NAME=web\" ; flush ruleset", ""),
+    ("K8S_POD_NAME=a\nb", ""), ("K8S_POD_NAME=\u00b2", ""), (f"K8S_POD_NAME={'w' * 253}", "w" * 253),
+    (f"K8S_POD_NAME={'w' * 254}", "")])
+def test_pod(args, pod):
+    """People know a container by what its runtime says in CNI_ARGS; what cannot be a name is left out."""
+    assert attachment(PORT, environ={**VARIABLES, "CNI_ARGS": args}).pod == pod
+    assert attachment(environ={**VARIABLES, "CNI_ARGS": args}).pod == ""  # it publishes nothing
+
+
+@pytest.mark.parametrize("interfaces, links", [
+    ([], ()), (None, ()), ([{"name": "cni0"}, {"name": "veth1"}, {"name": "eth0", "sandbox": "/n"}], ("cni0", "veth1")),
+    ([{"name": "eth0", "sandbox": "/n"}], ()), ([{"name": "veth1", "sandbox": ""}], ("veth1",)),
+    ([{"name": "x" * 16}, {"name": "a/b"}, {"name": "a\"b"}, {"mac": ""}], ())])
+def test_links_of_the_host(interfaces, links):
+    """The interfaces of a result that are in no sandbox may be the host's end of the container's link."""
+    found = config.parse(request(prevResult={"interfaces": interfaces, "ips": [{"address": "10.88.0.2/16"}]}))
+    assert found.links == links

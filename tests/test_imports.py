@@ -85,7 +85,9 @@ def own_kernel():
     """The command that runs another in private namespaces, where the host has the container's address."""
     root = os.geteuid() == 0
     kinds = ["--net", "--mount", *([] if root else ["--user"])]
-    script = "mount -t tmpfs tmpfs /run; ip link set lo up; ip address add 10.88.0.2/16 dev lo; echo ready; exec cat"
+    script = "mount -t tmpfs tmpfs /run; mkdir /run/netns; touch /run/netns/web; " \
+             "mount --bind /proc/self/ns/net /run/netns/web; ip link set lo up; " \
+             "ip address add 10.88.0.2/16 dev lo; echo ready; exec cat"
     process = subprocess.Popen(["unshare", *kinds, *([] if root else ["--map-root-user"]), "--propagation", "private",
                                 "sh", "-ec", script],
                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from helpers import ROOT
 
-from cni_portmap import kernel, ruleset
+from cni_portmap import alive, cni, kernel, ruleset
 from cni_portmap.cni import CniError
 from cni_portmap.kernel import Kernel
 from cni_portmap.netlink import attribute, nested
@@ -118,20 +118,102 @@ def test_elements_of(monkeypatch, references, wanted, listed):
 
 # --- who lives ------------------------------------------------------------------------------------------------
 
-def test_is_dead(tmp_path):
-    """Dead is only whose namespace is provably gone: no file there, or another one."""
-    netns = tmp_path / "netns"
-    netns.touch()
-    inode = netns.stat().st_ino
-    (tmp_path / "loop").symlink_to("loop")
-    cases = {f"{netns}#{inode}": False, f"{netns}#{inode + 1}": True, f"{tmp_path}/gone#{inode}": True,
-             f"{netns}/below#{inode}": True, f"{netns}#": False,
-             f"#{inode}": False, "": False, f"{tmp_path}/loop#{inode}": False, f"{tmp_path}/{'x' * 300}#{inode}": False,
-             f"/a%00b#{inode}": False}
-    for record, dead in cases.items():
-        assert Kernel().is_dead(ruleset.Owner("c/a/eth0", f"net=lab netns={record}")) is dead, record
-    assert Kernel().inode(str(netns)) == inode
-    assert [Kernel().inode(path) for path in (f"{tmp_path}/gone", "", "\0", "\ud800")] == [0, 0, 0, 0]
+@pytest.fixture
+def nsfs(monkeypatch, tmp_path):
+    """A folder whose files are taken for namespaces."""
+    own = os.stat(tmp_path)
+    fake = types.SimpleNamespace(**{name: getattr(kernel.posix, name) for name in dir(kernel.posix) if name != "stat"},
+                                 stat=lambda path: own if path == "/proc/self/ns/net" else os.stat(path))
+    monkeypatch.setattr(kernel, "posix", fake)
+    return tmp_path
+
+
+@pytest.mark.parametrize("ask", ["namespace", "namespace_soon"])
+def test_namespace(nsfs, ask):
+    """A path leads to a namespace, provably to none, or it cannot be followed."""
+    (nsfs / "netns").touch()
+    (nsfs / "loop").symlink_to("loop")
+    cases = {"netns": (nsfs / "netns").stat().st_ino, "gone": -1, "netns/below": -1, "loop": 0, "x" * 300: 0, "\0": -1,
+             "\ud800": -1}
+    assert {path: getattr(Kernel(), ask)(f"{nsfs}/{path}") for path in cases} == cases
+    assert getattr(Kernel(), ask)("") == -1
+
+
+def test_a_file_is_no_namespace(tmp_path):
+    """What is left where a namespace was mounted is a file of another device."""
+    (tmp_path / "netns").touch()
+    assert Kernel().namespace(str(tmp_path / "netns")) == -1
+    assert Kernel().namespace("/proc/self/ns/net") == os.stat("/proc/self/ns/net").st_ino
+
+
+def test_a_path_that_hangs(monkeypatch):
+    """It is asked for in a child, which holds nothing and has its time; then nothing is known."""
+    monkeypatch.setattr(alive, "PATH_SECONDS", 0.1)
+    monkeypatch.setattr(Kernel, "namespace", lambda self, path: signal.pause())
+    assert Kernel().namespace_soon("/") == 0
+
+
+def test_links():
+    """A link is known by its index; a link that is no end of a pair is none that goes with a container."""
+    assert Kernel().has_link("lo#1") and Kernel().has_link("renamed#1") and not Kernel().has_link("lo#4294967295")
+    assert not Kernel().has_link(f"lo#{1 << 64}")
+    assert Kernel().link(["lo", "none"]) == "" and Kernel().link([]) == ""
+
+
+# --- who lives: the judgement ---------------------------------------------------------------------------------
+
+def owner_of(record):
+    return ruleset.Owner("c/web/eth0", record)
+
+
+def sight(monkeypatch, held=(), mounted=(), obstacle=""):
+    seen = types.SimpleNamespace(held={*held}, mounted={*mounted}, obstacle=obstacle)
+    monkeypatch.setattr(alive, "Sight", lambda: seen)
+
+
+def judged(record, has_link=True, leads_to=0):
+    found = alive.judge([owner_of(record)], lambda link: has_link, lambda path: leads_to)
+    return found["c/web/eth0"][0]
+
+
+def test_the_link_is_the_first_witness(monkeypatch):
+    """Where a link is recorded nothing else is looked at: no path, no process."""
+    monkeypatch.setattr(alive, "Sight", None)
+    record = "net=lab netns=/run/netns/web#5 link=veth1#7"
+    assert (judged(record, True), judged(record, False)) == ("alive", "dead")
+    for has_link in True, False:
+        monkeypatch.setattr(Kernel, "has_link", lambda self, link, has_link=has_link: has_link)
+        assert Kernel().glance(owner_of(record))[0] == judged(record, has_link)
+    assert Kernel().glance(owner_of("net=lab netns=/run/netns/web#5")) is None
+
+
+@pytest.mark.parametrize("record, leads_to, seen, verdict", [
+    ("netns=/n#5", 0, {"held": ["net:[5]"]}, "alive"),
+    ("netns=/n#5", 5, {"held": []}, "dead"),  # another's by now
+    ("netns=/n#5", -1, {"held": [], "obstacle": "no sight"}, "unknown"),
+    ("netns=/n#5", -1, {"held": ["net:[5]"], "obstacle": "no sight"}, "alive"),
+    ("netns=/n#", 6, {"held": []}, "alive"), ("netns=/n#", 0, {}, "unknown"), ("netns=/n#", -1, {}, "dead"),
+    ("netns=/n#", -1, {"mounted": ["/n"]}, "alive"), ("netns=/n#", -1, {"obstacle": "no sight"}, "unknown"),
+    ("net=lab", -1, {}, "unknown"), ("", -1, {}, "unknown"), ("netns=/n#5 link=veth#", 0, {}, "dead"),
+    ("netns=/n#5 link=a/b#7", 0, {}, "dead"), ("netns=/n#" + "9" * 5000, -1, {}, "dead")])
+def test_without_a_link_the_namespace_is_sought(monkeypatch, record, leads_to, seen, verdict):
+    """Dead is only what is nowhere to be found by one who sees everything; what cannot be judged is unknown."""
+    sight(monkeypatch, **seen)
+    assert judged(record, leads_to=leads_to) == verdict
+
+
+def test_sight_is_looked_for_once(monkeypatch):
+    """One look at all processes serves any number of owners."""
+    looks = []
+    monkeypatch.setattr(alive, "Sight", lambda: looks.append(1) or types.SimpleNamespace(held=set(), mounted=set(),
+                                                                                        obstacle=""))
+    owners = [ruleset.Owner(f"c/{index}/eth0", f"netns=/n#{index}") for index in range(1, 9)]
+    assert {state for state, _ in alive.judge(owners, None, None).values()} == {"dead"} and len(looks) == 1
+
+
+def test_octal_paths():
+    """mountinfo writes spaces in octal."""
+    assert alive._unescape("/run/my\\040netns\\134x") == "/run/my netns\\x" and alive._unescape("/run") == "/run"
 
 
 # --- libnftables ----------------------------------------------------------------------------------------------
@@ -454,6 +536,7 @@ def test_forget_fails(monkeypatch, capfd):
     monkeypatch.setattr(kernel, "_read", lambda path, size=1: b"9")
     monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
     Kernel().forget(17, lambda: [(4, 80, b"", b"")], lambda flow: True)
+    cni.tell()
     assert capfd.readouterr().err == "cni-portmap: stale connections may live on: conntrack: Operation not permitted\n"
 
 

@@ -2,12 +2,14 @@
 import base64
 import json
 import os
+import types
 
 import pytest
 from helpers import CHAIN, PORT, PREV_RESULT
 
-from cni_portmap import restore, ruleset
+from cni_portmap import alive, restore, ruleset
 from cni_portmap.config import Attachment
+from cni_portmap.kernel import Kernel
 
 NETNS = "/proc/self/ns/net"
 CONFLIST = {"cniVersion": "1.0.0", "name": "lab",
@@ -25,8 +27,14 @@ def write(folder, name="results", raw=None, **changes):
     return path
 
 
+@pytest.fixture(autouse=True)
+def full_sight(monkeypatch):
+    """Who runs these tests may not see all processes; then nobody could be told to be gone."""
+    monkeypatch.setattr(alive, "Sight", lambda: types.SimpleNamespace(held=set(), mounted=set(), obstacle=""))
+
+
 def read(folder):
-    return [found for _, found in restore.remembered([folder, folder / "none"])]
+    return [found for _, found in restore.Memory([folder, folder / "none"]).found]
 
 
 def test_remembered(tmp_path):
@@ -52,7 +60,9 @@ def test_variants(tmp_path, changes):
 
 @pytest.mark.parametrize("changes, reason", [
     ({"netns": "/run/netns/gone"}, "is gone"), ({"netns": "/"}, "is gone"), ({"netns": "/proc/self/status"}, "is gone"),
-    ({"netns": "\0"}, "is gone"), ({"netns": None}, "is gone"), ({"kind": "x"}, "not a file of libcni"),
+    ({"netns": "\0"}, "CNI_NETNS"), ({"netns": None}, "is gone"),
+    ({"netns": None, "result": {"ips": [{"address": "10.88.0.2/16"}]}}, "is not known"),
+    ({"kind": "x"}, "not a file of libcni"),
     ({"capabilityArgs": None}, "publishes nothing"), ({"capabilityArgs": {"portMappings": []}}, "publishes nothing"),
     ({"config": {**CONFLIST, "plugins": [{"type": "bridge"}]}}, "publishes nothing"),
     ({"config": "%%"}, "not a file of libcni"), ({"config": 1}, "not a file of libcni"),
@@ -75,3 +85,34 @@ def test_order(tmp_path):
         os.utime(write(tmp_path, name, containerId=name), (time, time))
     (tmp_path / "folder").mkdir()
     assert [found.container_id for found in read(tmp_path)] == ["b", "a", "c"]
+
+
+def test_a_file_that_changes(tmp_path):
+    """Before it is restored it is looked at again: a file that is gone means DEL, one that is new another ADD."""
+    path = write(tmp_path)
+    memory = restore.Memory([tmp_path])
+    [(_, found)] = memory.found
+    assert memory.is_current(found)
+    write(tmp_path, containerId="other")
+    assert not memory.is_current(found)
+    path.unlink()
+    assert not memory.is_current(found)
+
+
+def test_the_link_is_asked_first(tmp_path, monkeypatch):
+    """A container whose link is there lives, wherever its namespace is mounted; without it, it is not current."""
+    monkeypatch.setattr(Kernel, "link", lambda self, names: f"{names[0]}#7")
+    write(tmp_path, netns="/run/netns/elsewhere", cniArgs=[["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web"]])
+    memory = restore.Memory([tmp_path])
+    [(_, found)] = memory.found
+    assert (found.link, found.inode, found.pod) == ("cni0#7", 0, "shop/web")
+    for there in True, False:
+        monkeypatch.setattr(Kernel, "has_link", lambda self, link, there=there: there)
+        assert memory.is_current(found) == there
+
+
+def test_who_cannot_be_judged_is_restored(tmp_path, monkeypatch):
+    """A namespace that is not found proves nothing to one who does not see all."""
+    monkeypatch.setattr(alive, "Sight", lambda: types.SimpleNamespace(held=set(), mounted=set(), obstacle="hidepid"))
+    write(tmp_path, netns="/run/netns/gone")
+    assert isinstance(read(tmp_path)[0], Attachment)

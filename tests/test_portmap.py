@@ -4,19 +4,20 @@ import socket
 import types
 
 import pytest
-from helpers import (CHAIN, PORT, VARIABLES, RecordingKernel, attachment, base_comments,
-                     configuration, elements, respond)
+from helpers import (CHAIN, HANDLE, INODE, PORT, VARIABLES, RecordingKernel, attachment, base_comments,
+                     configuration, elements, respond, verdicts)
 
-from cni_portmap import cni, portmap, ruleset
+from cni_portmap import cni, portmap, restore, ruleset
 
 WEB = attachment(PORT)
 BASE = ruleset.base(ruleset.BASE, (), {13})
 INTACT = {"comments": lambda chain: base_comments().get(chain, []), "has_chain": lambda chain: chain in ruleset.BASE}
 OTHER = "c/other/eth0"
+OWN_RECORD = f"net=lab netns=/run/netns/web#{INODE}"
 OTHER_RECORD = "net=theirs netns=/run/netns/other#99"
 
 
-def holding(table, record=OTHER_RECORD, **answers):
+def holding(table, record=OTHER_RECORD, own=CHAIN, **answers):
     """Answers of a host with an intact base whose maps are `table`: (map, key) -> chain."""
     chains = {*table.values()}
     return {**INTACT, "has_chain": lambda chain: chain in ruleset.BASE or chain in chains,
@@ -24,7 +25,15 @@ def holding(table, record=OTHER_RECORD, **answers):
             "claimants": lambda name, endings: [(chain, key[-8:]) for (its_name, key), chain in table.items()
                                                 if its_name == name and key[-8:] in endings],
             "elements_of": lambda wanted: [(element, chain) for element, chain in table.items() if chain in wanted],
-            "owner": lambda chain: ruleset.Owner(chain, record), **answers}
+            "owner": lambda chain: ruleset.Owner(chain, OWN_RECORD if chain in (CHAIN, own) else record), **answers}
+
+
+def dead(owners):
+    return verdicts(owners, "dead")
+
+
+def other_is_dead(owners):
+    return {owner.chain: (("dead" if owner.container_id == "other" else "alive"), "") for owner in owners}
 
 
 UNBOUND = {"ips": [{"address": "10.88.0.2/16"}, {"address": "fd88::2/64"}]}  # addresses of whichever interface
@@ -72,7 +81,7 @@ def test_old_libnftables():
     assert error.code == 100 and "libnftables" in error.msg
     assert len(kernel.written) == 1 and CHAIN not in kernel.written[0]
     with pytest.raises(cni.CniError, match="libnftables"):
-        portmap.restore([WEB], RecordingKernel(**lossy))
+        restore.restore([WEB], RecordingKernel(**lossy))
 
 
 def test_add_order():
@@ -81,7 +90,7 @@ def test_add_order():
     add(kernel, mapping(protocol="udp"), conditionsV4=["ip saddr 10.0.0.1"])
     order = [call[0] for call in kernel.calls]
     lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
-    assert set(order[:lock]) == {"inode", "dry_run"}
+    assert set(order[:lock]) == {"namespace", "link", "dry_run"}
     assert order[transact + 1:unlock] == ["set_localnet", "allow_localhost6"]
     assert set(order[unlock + 1:]) == {"forget"}
     assert {"interface_to_open", "lookup", "comments"} <= set(order[lock:transact])
@@ -97,9 +106,9 @@ def test_add_again():
 
 def test_inode():
     """The record has the inode that the network namespace has at ADD."""
-    kernel = RecordingKernel(inode=77)
+    kernel = RecordingKernel(namespace=77)
     add(kernel)
-    assert kernel.calls[0] == ("inode", "/run/netns/web") and "netns=/run/netns/web#77" in kernel.written[-1]
+    assert ("namespace", "/run/netns/web") in kernel.calls and "netns=/run/netns/web#77" in kernel.written[-1]
 
 
 @pytest.mark.parametrize("keys, texts", [
@@ -150,19 +159,174 @@ def test_conflict(ours, theirs, conflict):
 def test_takeover(ours, theirs, conflict):
     """A dead owner's whole attachment gives way, in the same transaction; it is judged by its record."""
     table = dict.fromkeys(elements(attachment(mapping(**theirs), mapping(host_port=9))), OTHER)
-    kernel = RecordingKernel(**holding(table, is_dead=True))
+    kernel = RecordingKernel(**holding(table, judge=dead))
     assert add(kernel, mapping(**ours)) is None
     new = ruleset.attach(attachment(mapping(**ours)))
     assert kernel.written == [(ruleset.detach([OTHER], table) if conflict else "") + new]
-    assert [(owner.netns, owner.inode) for _, owner in kernel.named("is_dead")] == [("/run/netns/other", 99)] * conflict
+    judged = [(owner.netns, owner.inode) for _, owners in kernel.named("judge") for owner in owners]
+    assert judged == [("/run/netns/other", 99)] * conflict
 
 
 def test_two_owners():
     """One living owner among dead ones is enough to be refused."""
     table = dict(zip(elements(attachment(PORT, mapping(host_port=9))), [OTHER, OTHER, "c/third/eth0", "c/third/eth0"]))
-    kernel = RecordingKernel(**holding(table, is_dead=lambda owner: owner.container_id == "other"))
+    kernel = RecordingKernel(**holding(table, judge=other_is_dead))
     error = add(kernel, PORT, mapping(host_port=9))
     assert error.code == 101 and "container third" in error.args[0] and kernel.written == []
+
+
+# Who lives is judged without the lock, and looked at again under it.
+
+def taken(**answers):
+    """A host where another container has WEB's ports."""
+    return RecordingKernel(**holding(dict.fromkeys(elements(WEB), OTHER), **answers))
+
+
+def locked(kernel):
+    """The names of the calls that are made under the lock."""
+    names, inside = [], False
+    for call in kernel.calls:
+        inside = (inside or call == ("lock",)) and call != ("unlock",)
+        names += [call[0]] * inside
+    return {*names}
+
+
+@pytest.mark.parametrize("answers, code", [
+    ({"namespace": -1}, 4), ({"namespace": 0}, 0), ({"namespace": -1, "link": "veth1#7"}, 0), ({"link": "veth1#7"}, 0),
+    ({"link": "veth1#7", "has_link": False}, 4)])
+def test_add_for_a_container_that_is_gone(answers, code):
+    """It publishes nothing, if its link goes at the last moment or its namespace before; what is unknown is alive."""
+    kernel = RecordingKernel(**answers)
+    error = add(kernel)
+    assert (error.code if error else 0) == code and bool(kernel.written) == (not code)
+    assert not locked(kernel) & {"namespace", "namespace_soon", "judge", "link"}
+    assert not code or "CNI_NETNS" in error.msg
+
+
+def test_add_that_waited_for_the_lock():
+    """Where no link is known the namespace is looked at again by what cannot hang, if there was time for it to go."""
+    for waits, soon, code in (True, -1, 4), (True, 0, 0), (False, -1, 0):
+        kernel = RecordingKernel(namespace_soon=soon, waits=waits)
+        error = add(kernel)
+        assert (error.code if error else 0) == code
+        assert bool(kernel.named("namespace_soon")) == waits
+
+
+def test_takeover_by_link():
+    """A link says who lives at once: the lock is taken once, and nothing is judged."""
+    record = "net=theirs netns=/run/netns/other#99 link=veth9#9"
+    kernel = taken(record=record, glance=("dead", "gone"))
+    assert add(kernel) is None
+    assert len(kernel.named("lock")) == 1 and not kernel.named("judge", "wait_for") and OTHER in kernel.written[0]
+    kernel = taken(record=record, glance=("alive", "its interface veth9 on this host is there"))
+    error = add(kernel)
+    assert error.code == 101 and "veth9" in error.details and not kernel.named("judge")
+
+
+def test_judged_without_the_lock():
+    """Without a link an owner is judged while nobody is held up, and the chain that was judged is the one that goes."""
+    kernel = taken(judge=dead)
+    assert add(kernel) is None
+    assert "judge" not in locked(kernel) and len(kernel.named("lock")) == 2
+    handles = iter([1, 2, 3, 3, 3])  # it is written anew while it is judged
+    kernel = taken(judge=dead, handle=lambda chain: next(handles))
+    assert add(kernel) is None
+    assert len(kernel.named("judge")) == 2
+
+
+@pytest.mark.parametrize("record, refused", [
+    (f"net=theirs netns=/run/netns/web#{INODE}", False),  # a new namespace of the same name, or a new ID of it
+    (f"net=theirs netns=/run/netns/web#{INODE} link=veth9#9", True),  # its link is there
+    (f"net=theirs netns=/run/netns/other#{INODE}", False), ("net=theirs netns=/run/netns/web#5", True)])
+def test_the_same_namespace_under_another_id(record, refused):
+    """An interface exists once in a namespace: who had it before, under another container ID, has gone."""
+    kernel = taken(record=record, glance=lambda owner: ("alive", "") if owner.link else None)
+    error = add(kernel, prevResult=UNBOUND)
+    assert (error is not None) == refused
+    if not refused:
+        assert ruleset.detach([OTHER], elements(WEB)) in kernel.written[0] and not kernel.named("judge")
+
+
+@pytest.mark.parametrize("record, verdict, refused", [
+    ("net=other netns=/run/netns/other#99", "alive", True), ("net=other netns=/run/netns/other#99", "unknown", True),
+    ("net=other netns=/run/netns/other#99", "dead", False), (f"net=other netns=/r#{INODE}", "alive", False),
+    ("net=lab netns=/run/netns/other#99", "alive", False), ("", "alive", False)])
+def test_a_namesake_in_another_network(record, verdict, refused):
+    """Network, ID and interface are unique together; who is in another network, and lives, keeps its ports."""
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN)),
+                             judge=lambda owners: verdicts(owners, verdict))
+    kernel.answers["owner"] = lambda chain: ruleset.Owner(chain, record)
+    error = add(kernel)
+    assert (error is not None) == refused == (not kernel.written)
+    assert not refused or (error.code == 101 and "network other" in error.msg)
+
+
+def waits(pod="", record=OTHER_RECORD, wait_for=lambda owner, handle, seconds: seconds, **answers):
+    kernel = taken(record=record, wait_for=wait_for, **answers)
+    error = add(kernel, environ={**VARIABLES, "CNI_ARGS": pod})
+    return kernel, error, [seconds for *_, seconds in kernel.named("wait_for")]
+
+
+POD = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"
+
+
+@pytest.mark.parametrize("args, record, seconds", [
+    ("", OTHER_RECORD, 2), (POD, OTHER_RECORD, 2), (POD, f"{OTHER_RECORD} pod=shop/web", 10),
+    (POD, f"{OTHER_RECORD} pod=shop/web-2", 2), ("K8S_POD_NAME=web", f"{OTHER_RECORD} pod=web", 2)])
+def test_patience(args, record, seconds):
+    """A living owner is waited for without the lock: longer where it is the same pod; the refusal says how long."""
+    kernel, error, waited = waits(args, record)
+    assert waited == [seconds] and "wait_for" not in locked(kernel)
+    assert error.code == 101 and f"waited {seconds} s" in error.msg and "container other" in error.msg
+    assert len(kernel.named("lock")) == 3 and kernel.written == []  # judged, met, and looked at again
+
+
+def test_an_owner_that_goes():
+    """The wait ends with the owner, and then the port is published."""
+    table = dict.fromkeys(elements(WEB), OTHER)
+
+    def goes(owner, handle, seconds):
+        table.clear()
+        return 0.3
+    kernel = RecordingKernel(**holding(table), wait_for=goes)
+    assert add(kernel) is None and kernel.written == [ruleset.attach(WEB)]
+
+
+def test_one_owner_after_another():
+    """All that is waited for shares one time."""
+    _, error, waited = waits(wait_for=lambda owner, handle, seconds: min(seconds, 0.75))
+    assert waited == [2, 1.25, 0.5] and "waited 2 s" in error.msg
+
+
+def test_refusals_name_the_pod():
+    """People know pods, so a refusal names it, and the whole container ID."""
+    _, error, _ = waits(record=f"{OTHER_RECORD} pod=shop/web-7d9f")
+    assert "published by pod shop/web-7d9f, container other, interface eth0, network theirs" in error.msg
+
+
+@pytest.mark.parametrize("failures, written", [(1, True), (2, False)])
+@pytest.mark.parametrize("verb", ["ADD", "DEL"])
+def test_a_flush_in_the_middle(verb, failures, written):
+    """What had been read is gone when it is written: it is tried once more."""
+    left = [cni.CniError(100, "nftables refused: No such file or directory, in: create chain x")] * failures
+
+    def transact(text):
+        if left:
+            raise left.pop()
+    kernel = RecordingKernel(**(INTACT if verb == "ADD" else holding(FULL)), transact=transact)
+    status, document = respond(verb, configuration(PORT), kernel)
+    assert (status, len(kernel.named("lock"))) == (0 if written else 1, 2)
+    assert written or document["code"] == 100
+
+
+def test_warnings_are_written_after_the_lock(capfd):
+    """Standard error may be a stopped terminal: nobody else waits for it."""
+    kernel = RecordingKernel(**holding({elements(WEB)[0]: SECOND}), allow_localhost6="bridge-nf")
+    said = []
+    kernel.answers["transact"] = lambda text: said.append(capfd.readouterr().err)
+    assert respond("ADD", configuration(PORT, backend="iptables"), kernel)[0] == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert said == [""] and len(lines) == 3 and "stands by" in "".join(lines)
 
 
 @pytest.mark.parametrize("chain", ["guard", "", "mine"])
@@ -182,7 +346,7 @@ def noted(notes, **answers):
     """Answers of a host with WEB's ports on its first interface, whose chain notes these others."""
     comments = {FIRST: ["net=lab netns=#", *(f"also on {ifname}" for ifname in notes)], SECOND: ["net=lab"],
                 THIRD: ["net=lab"]}
-    return {**holding(dict.fromkeys(elements(WEB), FIRST)),
+    return {**holding(dict.fromkeys(elements(WEB), FIRST), own=SECOND),
             "comments": lambda chain: {**base_comments(), **comments}.get(chain, []),
             "has_chain": lambda chain: chain in comments or chain in ruleset.BASE, "wanted_by": set(elements(WEB)),
             **answers}
@@ -195,6 +359,7 @@ def test_second_interface(capfd):
     assert add(kernel) is None
     assert kernel.written == [ruleset.attach(WEB, table) + ruleset.stand_by(SECOND, "eth0")]
     assert "ipv6 . tcp . 8080 : goto" in kernel.written[0] and "ipv4 . tcp . 8080 : goto" not in kernel.written[0]
+    cni.tell()
     assert "through interface eth1 already" in capfd.readouterr().err
 
 
@@ -236,7 +401,7 @@ def test_heirs_of_replacement():
 def test_own_dead_interface():
     """What another interface of the same container left behind, in a namespace that is gone, gives way."""
     table = dict.fromkeys(elements(WEB), "c/web-1/eth1")
-    kernel = RecordingKernel(**holding(table, is_dead=True))
+    kernel = RecordingKernel(**holding(table, judge=dead))
     assert add(kernel) is None
     assert kernel.written == [ruleset.detach(["c/web-1/eth1"], table) + ruleset.attach(WEB)]
 
@@ -374,6 +539,7 @@ def test_repair_base():
 def test_localhost6_impossible(capfd):
     """Where [::1] can't be opened that is one line, and no failure."""
     assert add(RecordingKernel(allow_localhost6="bridge-nf")) is None
+    cni.tell()
     assert capfd.readouterr().err == "cni-portmap: published ports do not answer on [::1]: bridge-nf\n"
 
 
@@ -418,6 +584,7 @@ def test_delete_whatever_the_request(keys):
 
 OWNERS = [ruleset.Owner("c/a/eth0", "net=lab"), ruleset.Owner("c/a/eth1", "net=lab"),
           ruleset.Owner("c/b/eth0", "net=lab"), ruleset.Owner("c/c/eth0", "net=x"), ruleset.Owner("c/d/eth0", "")]
+HANDLES = {owner.chain: HANDLE for owner in OWNERS}
 
 
 @pytest.mark.parametrize("valid, removed", [
@@ -426,9 +593,28 @@ OWNERS = [ruleset.Owner("c/a/eth0", "net=lab"), ruleset.Owner("c/a/eth1", "net=l
     ({("c", "eth0"), ("a", "eth2")}, ["c/a/eth0", "c/a/eth1", "c/b/eth0"])])
 def test_gc(valid, removed):
     """What this network's attachments left behind goes; other networks' and unknown owners' stay."""
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES)
     portmap.gc("lab", valid, kernel)
     assert kernel.written == ([ruleset.detach(removed, [])] if removed else [])
+
+
+def test_gc_spares_what_was_written_meanwhile():
+    """What was listed is removed, not what has come back since under the same name."""
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES,
+                             handle=lambda chain: HANDLE + (chain == "c/a/eth0"))
+    portmap.gc("lab", set(), kernel)
+    assert kernel.written == [ruleset.detach(["c/a/eth1", "c/b/eth0"], [])]
+
+
+def test_prune():
+    """The dead go, the others are told; nothing is judged under the lock."""
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=lambda owners: {
+        owner.chain: ("dead" if owner.container_id in "ab" else "unknown", "") for owner in owners})
+    found = restore.prune(kernel)
+    assert [state for _, (state, _) in found] == ["dead"] * 3 + ["unknown"] * 2 and "judge" not in locked(kernel)
+    assert kernel.written == [ruleset.detach(["c/a/eth0", "c/a/eth1", "c/b/eth0"], [])]
+    again = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
+    assert len(restore.prune(again, dry_run=True)) == 5 and again.written == []
 
 
 def test_gc_goes_on():
@@ -436,7 +622,7 @@ def test_gc_goes_on():
     def transact(text):
         if "c/a/eth" in text:
             raise cni.CniError(100, "refused")
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, transact=transact)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, transact=transact)
     with pytest.raises(cni.CniError) as caught:
         portmap.gc("lab", set(), kernel)
     assert caught.value.code == 100 and "2" in caught.value.args[0] and caught.value.details.count("refused") == 2
@@ -447,7 +633,7 @@ def test_gc_goes_on():
                                            ({"cni.dev/valid-attachments": []}, True)])
 def test_gc_absent_list(keys, touched):
     """Without a list nothing is even read."""
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES)
     assert respond("GC", configuration(**keys), kernel, environ={}) == (0, None)
     assert bool(kernel.calls) == touched == bool(kernel.written)
 
@@ -501,7 +687,24 @@ def test_check():
     assert check(kernel) is None
     assert kernel.written == [] and mirror.written == [BASE + ruleset.attach(WEB)]
     reads = [call[0] for call in kernel.calls]
-    assert reads.index("lock") < reads.index("lookup") and reads[-2:] == ["unlock", "mirror"]
+    assert reads.index("lock") < reads.index("lookup") and reads.index("unlock") < reads.index("mirror")
+
+
+@pytest.mark.parametrize("record, answers, word", [
+    (f"net=lab netns=/var/run/netns/web#{INODE}", {}, ""),  # /var/run is /run
+    ("net=lab netns=/run/netns/web#", {}, ""), ("net=lab netns=/run/netns/web#5", {}, "another network namespace"),
+    ("net=lab netns=/run/netns/web#5", {"namespace": -1}, "gone"),
+    (f"net=lab netns=/run/netns/web#{INODE} link=veth1#7", {"namespace": -1, "glance": ("alive", "")}, ""),
+    (f"net=lab netns=/run/netns/web#{INODE} link=veth1#7", {"glance": ("dead", "its link is gone")}, "link is gone"),
+    (f"net=lab netns=/run/netns/web#{INODE} link=veth1#7 pod=shop/web", {"glance": ("alive", "")}, "")])
+def test_check_judges_the_owner(record, answers, word):
+    """CHECK compares namespaces, not their paths; a container that is gone has nothing that is in order."""
+    kernel, mirror, _ = intact()
+    kernel.answers |= {"owner": lambda chain: ruleset.Owner(chain, record), **answers}
+    error = check(kernel)
+    assert (error is None) == (not word) and (error is None or (error.code == 104 and word in error.msg))
+    if not word:
+        assert f'counter comment "{record}"' in mirror.written[0]
 
 
 def test_check_foreign_rules():
@@ -658,7 +861,7 @@ def test_restore(kernel):
     """What the kernel has lost is written again: the base, then all the rest at once; then localhost is opened."""
     kernel.answers["interface_to_open"] = "cni0"
     second = other("second", mapping(host_port=9))
-    assert portmap.restore([WEB, second], kernel) == ([WEB, second], [])
+    assert restore.restore([WEB, second], kernel) == ([WEB, second], [])
     assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second) + ruleset.note_opened(["cni0"])]
     assert kernel.calls[0] == ("lock",)
     assert [name for name, *_ in kernel.named("transact", "set_localnet")] == ["transact", "transact", "set_localnet"]
@@ -667,13 +870,13 @@ def test_restore(kernel):
 def test_restore_after_a_flush(kernel):
     """With the table its notes are gone: what leads to the restored is taken for opened by this plugin."""
     kernel.answers.update(notes_opened=False, interface_to_open=lambda ip, anyway: "cni0" if anyway else "")
-    portmap.restore([WEB], kernel)
+    restore.restore([WEB], kernel)
     assert kernel.written[-1] == ruleset.attach(WEB) + ruleset.note_opened(["cni0"])
 
 
 def test_restore_dry_run(kernel):
     """A dry run says the same, and writes nothing."""
-    assert portmap.restore([WEB], kernel, dry_run=True) == ([WEB], [])
+    assert restore.restore([WEB], kernel, dry_run=True) == ([WEB], [])
     assert not kernel.named("transact", "set_localnet", "allow_localhost6")
 
 
@@ -681,14 +884,14 @@ def test_restore_nothing_lost():
     """What is there is left alone."""
     kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN)))
     kernel.answers["comments"] = lambda chain: base_comments().get(chain) or [""] * len([*ruleset.rules_of(WEB)])
-    assert portmap.restore([WEB], kernel) == ([], []) and kernel.written == []
+    assert restore.restore([WEB], kernel) == ([], []) and kernel.written == []
 
 
 @pytest.mark.parametrize("ours, theirs, conflict", OVERLAPS)
 def test_restore_conflict(kernel, ours, theirs, conflict):
     """Of two that claim one port the first gets it, and the second is reported with the owner's name."""
     first, second = other("first", mapping(**theirs)), other("second", mapping(**ours))
-    restored, refused = portmap.restore([first, second], kernel)
+    restored, refused = restore.restore([first, second], kernel)
     assert restored == ([first] if conflict else [first, second])
     assert [(each, error.code) for each, error in refused] == [(second, 101)] * conflict
     assert len(kernel.written) == 2 and all("container first" in error.args[0] for _, error in refused)
@@ -697,7 +900,7 @@ def test_restore_conflict(kernel, ours, theirs, conflict):
 def test_restore_two_interfaces(kernel):
     """Both interfaces of one container come back; the port leads to the first, as ADD left it."""
     first, second = other("web-1"), other("web-1", ifname="eth1")
-    assert portmap.restore([first, second], kernel) == ([first, second], [])
+    assert restore.restore([first, second], kernel) == ([first, second], [])
     both = ruleset.attach(first) + ruleset.attach(second, elements(second))
     assert kernel.written == [BASE, both + ruleset.stand_by(CHAIN, "eth1")]
 
@@ -712,7 +915,7 @@ def test_restore_who_stands_by(damaged, order):
     notes = {CHAIN: [""] * 9 + ["also on eth1"], "c/web-1/eth1": [""] * 9}
     kernel.answers["comments"] = lambda chain: base_comments().get(chain) or \
         (notes[chain] if chain not in damaged else [])
-    restored, refused = portmap.restore(both[::order], kernel)
+    restored, refused = restore.restore(both[::order], kernel)
     assert not refused
     if CHAIN in damaged:
         assert restored == both[::order]
@@ -729,13 +932,34 @@ def test_restore_keeps_notes():
     """A chain that is mended still notes who stands by."""
     kernel = RecordingKernel(**noted(["eth1"]))
     kernel.answers["comments"] = lambda chain: {**base_comments(), CHAIN: ["net=lab", "also on eth1"]}.get(chain, [])
-    portmap.restore([WEB], kernel)
+    restore.restore([WEB], kernel)
     assert ruleset.stand_by(CHAIN, "eth1") in kernel.written[0]
+
+
+def test_restore_looks_again(kernel):
+    """What was deleted since it was read, or has come back by itself, is passed over: it is asked under the lock."""
+    first, second = other("first"), other("second", mapping(host_port=9))
+    asked = []
+
+    def is_current(attachment):
+        asked.append(kernel.calls[-1][0] != "unlock" and ("lock",) in kernel.calls)
+        return attachment is second
+    assert restore.restore([first, second], kernel, False, is_current) == ([second], [])
+    assert asked == [True, True] and "c/first" not in "".join(kernel.written)
+
+
+def test_restore_judges_all_at_once():
+    """However many owners are in the way, they are judged once, without the lock."""
+    table = {element: chain for index, chain in enumerate([OTHER, "c/third/eth0"])
+             for element in elements(other("x", mapping(host_port=80 + index)))}
+    kernel = RecordingKernel(**holding(table, judge=dead))
+    lost, refused = restore.restore([other("a", mapping(host_port=80)), other("b", mapping(host_port=81))], kernel)
+    assert len(lost) == 2 and not refused and len(kernel.named("judge")) == 1 and "judge" not in locked(kernel)
 
 
 def test_restore_twice_remembered(kernel):
     """An attachment that two folders remember is written once."""
-    portmap.restore([WEB, attachment(PORT)], kernel)
+    restore.restore([WEB, attachment(PORT)], kernel)
     assert kernel.written == [BASE, ruleset.attach(WEB)]
 
 
@@ -745,10 +969,10 @@ FULL = dict.fromkeys(elements(WEB), CHAIN)
 DEAD = dict.fromkeys(elements(WEB), OTHER)
 UDP = configuration(PORT, mapping(protocol="udp"), hostPortInUse="refuse", conditionsV4=["ct state new"])
 FAULTS = {"first-add": ("ADD", UDP, {}), "add": ("ADD", UDP, INTACT), "add-again": ("ADD", UDP, holding(FULL)),
-          "takeover": ("ADD", UDP, holding(DEAD, is_dead=True)), "del": ("DEL", configuration(), holding(FULL)),
+          "takeover": ("ADD", UDP, holding(DEAD, judge=dead)), "del": ("DEL", configuration(), holding(FULL)),
           "check": ("CHECK", configuration(PORT), "intact"), "status": ("STATUS", configuration(), INTACT),
           "gc": ("GC", configuration(**{"cni.dev/valid-attachments": []}),
-                 {**holding(FULL), "owners": OWNERS, "has_chain": True})}
+                 {**holding(FULL), "owners": OWNERS, "has_chain": True, "handles": HANDLES})}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -772,7 +996,8 @@ def test_every_call_fails(name):
             continue
         assert (status, document["code"]) == (1, 50 if verb == "STATUS" else 5), document
         assert kernel.written == whole.written[:len([call for call in whole.calls[:fails_at] if call[0] == "transact"])]
-        assert not kernel.named("lock") or kernel.calls[-1][0] in ("lock", "unlock", "forget", "mirror")
+        failed = kernel.calls[-1] == ("lock",)
+        assert len(kernel.named("unlock")) == len(kernel.named("lock")) - failed
 
 
 @pytest.mark.parametrize("fails", ["transact", "forget"])

@@ -167,6 +167,19 @@ def test_record_round_trip(owner):
     found = ruleset.Owner(chain, "".join(record))
     assert [getattr(found, name) for name in ("container_id", "ifname", "network", "netns", "inode")] == \
         [getattr(owner, name) for name in ("container_id", "ifname", "network", "netns", "inode")]
+    assert (found.link, found.pod) == ("", "")
+
+
+def test_record_of_a_pod():
+    """Link and pod are part of the record, in as many comments as it takes; version 0.1 reads the rest of it."""
+    owner = config.Attachment("w" * 64, "eth0", "n" * 60, "/run/netns/web", 7, pod=f"shop/{'w' * 253}",
+                              link="veth1a2b#12")
+    comments = ruleset.record_of(owner)
+    assert len(comments) > 1 and all(len(comment) <= 128 for comment in comments)
+    found = ruleset.Owner(ruleset.chain_of("w" * 64, "eth0"), "".join(comments))
+    assert (found.link, found.pod, found.network, found.netns) == (owner.link, owner.pod, owner.network, owner.netns)
+    assert str(found).startswith(f"pod shop/{'w' * 253}, container {'w' * 64}, ")
+    assert "".join(comments).startswith(f"net={'n' * 60} netns=/run/netns/web#7 ")
 
 
 @pytest.mark.parametrize("comments, expected", [
@@ -181,7 +194,9 @@ def test_record_of_chain(comments, expected):
     *((chain, "net=a netns=/n#1") for chain in ["c", "c/", "c//", "c/a/b/c", "other"]),
     *((CHAIN, record) for record in ["", " ", "net", "net=", "netns", "netns=/a", "netns=/a#x", "netns=/a#-1",
                                      "netns=/a#\u00b2", "netns=%zz#1", "netns=%#1",
-                                     "netns=%4#1", "id= if=", "netns=%ff#1", "net=a net=b", "\ufffd=\ufffd"])])
+                                     "netns=%4#1", "id= if=", "link=veth1", "link=#7", "link=a;b#7", "link=veth1#x",
+                                     "link=veth1#-7", "link=veth1#" + "9" * 5000, "netns=/a#" + "9" * 5000,
+                                     "netns=%ff#1", "net=a net=b", "\ufffd=\ufffd"])])
 def test_foreign_record(chain, record):
     """A record that somebody else wrote names an owner all the same, one of unknown parts."""
     owner = ruleset.Owner(chain, record)
@@ -299,3 +314,23 @@ def test_hostile(place, text):
 def test_table_names():
     """The reader of the kernel and the writer of text mean the same table."""
     assert f"inet {ruleset.TABLE_NAME}" == ruleset.TABLE and netlink._NFPROTO_INET[0] == 1
+
+
+def test_many_host_addresses_are_grouped_once():
+    """How often the ports are gone through does not grow with the number of their host addresses."""
+    class Counted(tuple):
+        __slots__ = ()
+
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    counts = []
+    for number in 2, 200:
+        ports = [config.Port(4, "tcp", f"127.1.0.{index}", 8080, 80) for index in range(number)]
+        found = config.Attachment("web", "eth0", "lab", addresses={4: config.Address(4, "10.88.0.2", "10.88.0.0/16")},
+                                  ports=Counted(ports))
+        passes = []
+        assert len([rule for rule in ruleset.rules_of(found) if "dnat" in rule]) == number
+        counts.append(len(passes))
+    assert counts[0] == counts[1]
