@@ -3,8 +3,11 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+
+from cni_portmap import alive
 
 from . import subjects
 from .results import Key, Results, Sample, interleave
@@ -119,6 +122,25 @@ def conntrack(everybody: list[Subject], hosts: Hosts, results: Results, rounds: 
                     yield Key(verb, f"1 UDP port, {flows:,} connections", 0, subject.name), call.run()[0]
         return sample
     interleave("conntrack", [one(subject) for subject in everybody], results, rounds, 30)
+
+
+JUDGED = 10_000
+
+
+def judging(results: Results, rounds: int) -> None:
+    """To look who lives, where no link says so, on a host with many processes."""
+    crowd = [subprocess.Popen(["sleep", "1000"]) for _ in range(JUDGED)]
+    try:
+        for _ in range(rounds):
+            began = time.perf_counter()
+            alive.Sight()
+            results.take([(Key("who lives", f"{JUDGED:,} processes", 0, "cni-portmap"),
+                           (time.perf_counter() - began) * 1000)])
+    finally:
+        for process in crowd:
+            process.kill()
+        for process in crowd:
+            process.wait()
 
 
 # --- memory, instructions -------------------------------------------------------------------------------------

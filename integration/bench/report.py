@@ -102,7 +102,8 @@ def markdown(results: Results, wanted: list[Target], subjects: list[str], about:
     parts = ["# Benchmark\n", "Medians, with quartiles beside them; measured by `scripts/bench`, all by turns.\n",
              _table(["", ""], [[name, str(value)] for name, value in about.items()]), *_ratios(results, wanted)]
     sections: list[tuple[str, Callable[[Key], bool]]] = [
-        ("Process (ms)", lambda key: key.unit == "ms" and "," not in key.measure and "connections" not in key.what),
+        ("Process (ms)", lambda key: key.unit == "ms" and "," not in key.measure and "connections" not in key.what and
+         key.measure != "who lives"),
         ("Publishing (ms): a call that publishes a port, less one that does not",
          lambda key: key.measure.endswith("publishing")),
         ("Processors' time of these processes (ms)", lambda key: key.measure.endswith("processor") and
@@ -110,6 +111,7 @@ def markdown(results: Results, wanted: list[Target], subjects: list[str], about:
         ("Peak memory (MiB): the process, and the largest child beside it", lambda key: key.unit == "MiB"),
         ("Instructions in user space (millions), with children", lambda key: key.unit == "million"),
         ("Calls that failed, of those at once", lambda key: key.unit == "calls"),
+        ("Who lives, where no link says so (ms)", lambda key: key.measure == "who lives"),
         ("With many connections in conntrack (ms)", lambda key: key.unit == "ms" and "connections" in key.what),
         ("Packets, by number of published ports", lambda key: key.unit in ("µs", "1/s", "Gbit/s"))]
     for title, belongs in sections:
