@@ -17,7 +17,7 @@ def example() -> Attachment:
         ports += [Port(family, "tcp", "", 8080, 80), *(Port(family, "udp", "", p, p) for p in range(9000, 9004))]
     return Attachment("6f1c0a2b9d3e", "eth0", "web", "/run/netns/cni-1b9d6bcd", 4026532177,
                       {4: Address(4, "10.88.0.2", "10.88.0.0/16"), 6: Address(6, "fd88::2", "fd88::/64")},
-                      tuple(ports), 13)
+                      tuple(ports), 13, pod="shop/web-7d9f", link="veth5c1e09d2#12")
 
 
 def test_ruleset():
