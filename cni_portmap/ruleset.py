@@ -129,8 +129,9 @@ class Owner:
         self.pod = _unescape(fields.get("pod", ""))
 
     def __str__(self) -> str:
-        pod = f"pod {self.pod}, " if self.pod else ""
-        return f"{pod}container {self.container_id}, interface {self.ifname}, network {self.network or 'unknown'}"
+        pod = f"pod {self.pod}, " if "/" in self.pod else ""
+        name = f" ({self.pod})" if self.pod and not pod else ""
+        return f"{pod}container {self.container_id}{name}, interface {self.ifname}, network {self.network or 'unknown'}"
 
 
 def _is_number(text: str) -> bool:

@@ -39,7 +39,8 @@ class Site:
         if slot and name not in self.namespaces:
             self.namespaces[name] = lab.wire(name, (f"10.40.{slot}.1/24",), (f"10.40.{slot}.2/24",), f"to-{name}"[:15])
             self.servers.append(lab.Server(name, self.namespaces[name], 80))
-        return Pod(name, *ports, ips=(f"10.40.{slot}.2/24",), **{**self.config, **options})
+        link = {"link": f"to-{name}"[:15]} if slot else {}
+        return Pod(name, *ports, ips=(f"10.40.{slot}.2/24",), **{**self.config, **link, **options})
 
     def die(self, name: str) -> None:
         """A container ends and nobody calls DEL."""

@@ -239,6 +239,17 @@ class Host:
             reply = self.call("ADD", pod)
             assert not reply.code, reply
 
+    def add_for_nobody(self, *pods: Pod) -> None:
+        """ADD that must succeed, and records a namespace whose number none ever has.
+
+        A real one is somebody else's as soon as it is free, and then its owner lives: other tests run beside this one.
+        """
+        def number() -> None:
+            kernel.Kernel.namespace = lambda self, path: 1  # type: ignore[method-assign]
+        for pod in pods:
+            reply = fork("ADD", pod, prepare=number)
+            assert not reply.code, reply
+
     def delete(self, *pods: Pod) -> None:
         """DEL that must succeed."""
         for pod in pods:

@@ -35,7 +35,7 @@ def test_twelve_racers(host, prepared, dead):
         host.add(Pod("bystander", "1000:80"))
     if dead:
         namespace = lab.Namespace("dead")
-        host.add(Pod("dead", "8080:80"))
+        host.add_for_nobody(Pod("dead", "8080:80"))
         namespace.remove()
     racers = [Pod(f"racer{i}", "8080:80" if i % 2 else "192.0.2.1:8080:80", f"{9000 + i}:80") for i in range(12)]
     answers = at_once(host, [("ADD", pod) for pod in racers])

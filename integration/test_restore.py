@@ -325,7 +325,7 @@ def test_a_dead_owner_gives_way(host, cache):
     """A port that a dead container still has goes to the living one that is remembered with it."""
     dead = Pod("dead", "8080:80", "9090:90")
     namespace = lab.Namespace("dead")
-    host.add(dead)
+    host.add_for_nobody(dead)
     namespace.remove()
     alive(WEB)
     cache.write(WEB)

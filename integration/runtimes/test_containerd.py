@@ -204,7 +204,8 @@ def test_conflict(node, clean):
     before = lab.table()
     with pytest.raises(grpc.RpcError) as refused:
         Pod(node, "second", (8080, 80, "TCP", ""))
-    assert f"tcp port 8080 on 0.0.0.0 is already published by container {first.id}" in refused.value.details()
+    assert f"tcp port 8080 on 0.0.0.0 is already published by pod default/first, container {first.id}" \
+        in refused.value.details()
     assert lab.table() == before
     assert first.answers()
 

@@ -214,7 +214,7 @@ def test_conflict(podman, clean, second):
     owner = podman.start("-p", "8080:80")
     before = lab.table()
     said = podman.fails("podman", "run", "-d", "--network", "dual", "-p", second, "image")
-    assert "is already published by container " + owner in said
+    assert f"is already published by container {owner} (web), interface eth0" in said
     assert lab.table() == before
     assert podman.answers()
 
