@@ -158,7 +158,7 @@ class Namespace:
 
     def remove(self) -> None:
         if self.host_device:  # the kernel takes its time to end a namespace with what is in it
-            run("ip", "link", "del", self.host_device)
+            run("ip", "link", "del", self.host_device, check=False)
         run("ip", "netns", "del", self.name, check=False)
 
 
@@ -549,6 +549,8 @@ class Container:
         self.id = f"{name}-0123456789abcdef"
         self.namespace = Namespace(name)
         self.result = network.add(self.id, self.namespace.path, ports, ifname)
+        self.namespace.host_device = next((each["name"] for each in self.result.get("interfaces", ())
+                                           if not each.get("sandbox") and each["name"].startswith("veth")), "")
         ips = [entry["address"].partition("/")[0] for entry in self.result["ips"]]
         self.ipv4 = next((ip for ip in ips if ":" not in ip), "")
         self.ipv6 = next((ip for ip in ips if ":" in ip), "")
