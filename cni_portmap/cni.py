@@ -56,8 +56,8 @@ class ConfigError(CniError):
     """
 
     def __init__(self, path: str, reason: str = "") -> None:
-        super().__init__(INVALID_CONFIG, f"{path} is not valid",
-                         f"expected {reason or 'what portmap.schema.json says there'}")
+        super().__init__(INVALID_CONFIG, f"invalid value for {path}",
+                         f"expected {reason}" if reason else "see portmap.schema.json for valid values")
         self.path, self.reason = path, reason
 
 
@@ -189,7 +189,7 @@ def environment_error(verb: str, environ: dict[str, str]) -> CniError | None:
     for name in needed:
         valid, expected = _VARIABLES[name]
         if not valid(environ[name]):
-            return CniError(INVALID_ENVIRONMENT, f"{name}: {environ[name]!r} is not valid", f"expected {expected}")
+            return CniError(INVALID_ENVIRONMENT, f"invalid value for {name}: {environ[name]!r}", f"expected {expected}")
     return None
 
 
@@ -234,7 +234,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
     try:
         verb = environ.get("CNI_COMMAND", "")
         if verb not in VERBS:
-            raise CniError(INVALID_ENVIRONMENT, f"CNI_COMMAND: {verb!r} is not a command",
+            raise CniError(INVALID_ENVIRONMENT, f"unknown CNI_COMMAND {quote(verb)}",
                            f"expected one of {', '.join(VERBS)}")
         if verb == "VERSION":
             return 0, _versions(read())
@@ -244,8 +244,8 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
             version = _answering["version"] = _version_of(found)
             oldest = VERBS[verb][0]
             if VERSIONS.index(version) < VERSIONS.index(oldest):
-                raise CniError(INCOMPATIBLE_VERSION, f"{verb} does not exist in cniVersion {version}",
-                               f"it came with {oldest}")
+                raise CniError(INCOMPATIBLE_VERSION, f"{verb} requires cniVersion {oldest} or later",
+                               f"the configuration has {version}")
         except CniError as wrong_input:
             raise wrong_environment or wrong_input from None
         if wrong_environment:

@@ -39,7 +39,7 @@ def _bit(value: object, key: str) -> int:
 
 def _backend(value: object, key: str) -> str:
     if value == "iptables":
-        warn("backend iptables: this plugin writes nftables only, and goes on with that")
+        warn('backend "iptables" is not supported; using nftables')
     elif value != "nftables":
         raise ConfigError(key)
     return "nftables"
@@ -95,11 +95,11 @@ def parse(request: Request) -> Attachment:
     wanted = _mappings(config)
     if request.verb in ("ADD", "CHECK"):
         if not request.prev_result:
-            raise CniError(INVALID_CONFIG, "prevResult is missing", "this plugin is chained after one that connects "
-                           "the container, such as bridge")
+            raise CniError(INVALID_CONFIG, "prevResult: missing", "the plugin must follow one that connects the "
+                           "container, such as bridge, in the list of plugins")
         if wanted and not addresses:
             raise CniError(INVALID_CONFIG, f"prevResult has no address on {request.ifname}", "a published port "
-                           "needs an address of the container to lead to")
+                           "needs an address of the container")
         _warn_of_skipped(wanted, addresses)
     ports = tuple(port for port in wanted if port.family in addresses)
     mark_bit = DEFAULT_MARK_BIT if given["markMasqBit"] is None else given["markMasqBit"]
@@ -118,7 +118,7 @@ def _warn_of_mark_chain(given: "dict[str, Any]") -> None:
     if chain is not None:
         if given["markMasqBit"] is not None:
             raise ConfigError("externalSetMarkChain", "markMasqBit or externalSetMarkChain, not both")
-        warn(f"externalSetMarkChain {chain!r} is not needed: cni-portmap masquerades in its own table")
+        warn(f"ignoring externalSetMarkChain {chain!r}: cni-portmap does its own masquerading")
 
 
 def parse_valid_attachments(request: Request) -> tuple[str, set[tuple[str, str]] | None]:
@@ -245,7 +245,8 @@ def parse_mappings(value: object, at: str) -> list[Port]:
             port = Port(family, protocol, host_ip, host_port, container_port)
             same = published.setdefault((family, protocol, host_ip, host_port), port)
             if same.container_port != container_port:
-                raise ConfigError(path, f"one container port for {port}, which leads to {same.container_port} already")
+                raise ConfigError(path, f"one container port: {port} is mapped twice, to container ports "
+                                        f"{same.container_port} and {container_port}")
     return list(published.values())
 
 

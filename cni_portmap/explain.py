@@ -18,13 +18,16 @@ SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
 def explain(config: dict[str, object], error: ConfigError) -> CniError:
     """The error for a runtime that sent `config`: with the value, and what the schema expects in its place."""
     if error.reason:
-        return CniError(INVALID_CONFIG, f"{error.path}: {_shorten(_value_at(config, error.path))} is not valid",
-                        f"expected {error.reason}")
+        return CniError(INVALID_CONFIG, _problem(error.path, _value_at(config, error.path)), f"expected {error.reason}")
     try:
         path, value, expected = next(violations(config))
     except (ImportError, StopIteration):  # jsonschema is missing, or finds nothing: the parser's word stands
         return error
-    return CniError(INVALID_CONFIG, f"{path}: {_shorten(value)} is not valid", f"expected {expected}")
+    return CniError(INVALID_CONFIG, _problem(path, value), f"expected {expected}")
+
+
+def _problem(path: str, value: object) -> str:
+    return f"{path}: missing" if value is None else f"invalid value for {path}: {_shorten(value)}"
 
 
 def violations(config: object) -> "Iterator[tuple[str, object, str]]":
@@ -74,5 +77,5 @@ def _value_at(config: object, path: str) -> object:
 
 
 def _shorten(value: object) -> str:
-    text = "nothing" if value is None else json.dumps(value)
+    text = json.dumps(value)
     return text if len(text) < 80 else text[:76] + " ..."

@@ -78,7 +78,7 @@ def test_list_says_what_is_missing(bin_dir, web):
     """A map element whose rule somebody deleted is shown as it is."""
     chain = ruleset.chain_of(web.id, "eth0")
     lab.run("nft", "flush", "chain", "inet", "cni_portmap", chain)
-    assert "(rule is missing)" in command(bin_dir, "list", "--port", 8080)
+    assert "(no rule)" in command(bin_dir, "list", "--port", 8080)
     assert "unknown" in command(bin_dir, "list", "--port", 8080)
 
 

@@ -83,7 +83,7 @@ def test_verbs(bin_dir):
             container.check()
         lab.call_plugin(bin_dir / "portmap", "GC", collect)
         kept.check()
-        with pytest.raises(lab.CniFailed, match="does not lead to the container"):
+        with pytest.raises(lab.CniFailed, match="is not forwarded to this container"):
             stale.check()
         for container in kept, stale:
             for _ in range(2):

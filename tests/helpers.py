@@ -130,6 +130,16 @@ def explained(read: Callable[[cni.Request], Any], asked: cni.Request) -> Any:
         raise explain.explain(asked.config, error) from None
 
 
+def problem(path: str, value: object) -> str:
+    """How a message begins that names a path and its value."""
+    return f"{path}: missing" if value is None else f"invalid value for {path}: {json.dumps(value)}"
+
+
+def names(message: str, path: str) -> bool:
+    """Whether a message is about what stands at a path."""
+    return message.startswith((f"{path}: missing", f"invalid value for {path}: "))
+
+
 def elements(attached: Attachment) -> list[tuple[str, bytes]]:
     """The map elements (map, key) of an attachment's ports."""
     return [(ruleset.map_of(port), ruleset.key_of(port)) for port in attached.ports]

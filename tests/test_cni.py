@@ -37,7 +37,7 @@ def test_version(verb, version):
         assert (status, document) == (0, {"handled": verb})
     else:
         assert (status, document["code"], document["cniVersion"]) == (1, 1, version)
-        assert verb in document["msg"] and OLDEST[verb] in document["details"]
+        assert verb in document["msg"] and OLDEST[verb] in document["msg"]
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -74,7 +74,8 @@ def test_bad_variable(verb, variable, value):
     status, document = call(verb, **{variable: value})
     if variable in NEEDS[verb]:
         assert (status, document["code"]) == (1, 4)
-        assert document["msg"].startswith(f"{variable}: ") and repr(value) in document["msg"] and document["details"]
+        assert document["msg"].startswith(f"invalid value for {variable}: ")
+        assert repr(value) in document["msg"] and document["details"]
     else:
         assert status == 0
 

@@ -338,7 +338,7 @@ def test_lock(lock):
 def test_lock_waits_in_vain(lock):
     """Who waits too long is told to try again later, and what was under way with SIGALRM goes on."""
     before = signal.getsignal(signal.SIGALRM)
-    with kernel.Lock(), pytest.raises(CniError, match="held by another") as caught, kernel.Lock():
+    with kernel.Lock(), pytest.raises(CniError, match="waiting for") as caught, kernel.Lock():
         pass
     assert caught.value.code == 11
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
@@ -378,8 +378,8 @@ def test_lock_removed(lock, monkeypatch):
 
 @pytest.mark.parametrize("prepare, word", [
     (lambda lock: lock.symlink_to("/dev/null"), "symbolic links"), (lambda lock: lock.mkdir(), "directory"),
-    (lambda lock: (lock.touch(), lock.chmod(0o644)), "open to other users"),
-    (lambda lock: (lock.touch(), lock.chmod(0o620)), "open to other users")])
+    (lambda lock: (lock.touch(), lock.chmod(0o644)), "accessible to other users"),
+    (lambda lock: (lock.touch(), lock.chmod(0o620)), "accessible to other users")])
 def test_lock_unsafe(lock, prepare, word):
     """A lock that others could hold, or that leads elsewhere, is not used."""
     prepare(lock)
@@ -545,7 +545,7 @@ def test_delete_flows_fails(monkeypatch, capfd):
     monkeypatch.setattr("cni_portmap.linux.netlink.socket", Broken)
     Kernel().delete_flows(17, lambda: [(4, 80, b"", b"")], lambda flow: True)
     cni.tell()
-    assert capfd.readouterr().err == "cni-portmap: stale connections may live on: conntrack: Operation not permitted\n"
+    assert capfd.readouterr().err == "cni-portmap: could not delete stale conntrack entries: Operation not permitted\n"
 
 
 def test_local_addresses(monkeypatch):

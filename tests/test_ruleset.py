@@ -224,7 +224,7 @@ def test_chain_names_differ():
 
 @hypothesis.given(st.lists(IFNAMES), st.lists(st.text(max_size=10)))
 def test_stand_by_round_trip(ifnames, others):
-    """Who stands by is read back from the comments of a chain, among others."""
+    """Who will take over is read back from the comments of a chain, among others."""
     notes = [re.fullmatch(r'add chain inet cni_portmap c \{\ncontinue comment "([^"\\]{1,128})"\n\}\n',
                           ruleset.standby_note("c", ifname))[1] for ifname in ifnames]
     others = [other for other in others if not other.startswith("also on ")]

@@ -91,9 +91,10 @@ def accepted(document):
 
 
 def assert_names_a_place(error):
-    """It is "path: value is not valid", "expected ...", and the path begins with a key of the schema."""
-    assert error.code == 7 and re.fullmatch(r"(?s)\S.*: .+ is not valid", error.args[0]), error.args
-    assert any(error.args[0].startswith((f"{key}:", f"{key}[", f"{key}.")) for key in SCHEMA["properties"]), error.args
+    """It is "invalid value for path: value", "expected ...", and the path begins with a key of the schema."""
+    assert error.code == 7 and re.fullmatch(r"(?s)(invalid value for \S.*: .+|\S.*: missing)", error.msg), error.args
+    path = error.args[0].removeprefix("invalid value for ")
+    assert any(path.startswith((f"{key}:", f"{key}[", f"{key}.")) for key in SCHEMA["properties"]), error.args
     assert error.details.startswith("expected ") and "fits the schema" not in error.details, error.details
 
 
@@ -146,10 +147,10 @@ def test_violation(keys, path, value):
 
 
 @pytest.mark.parametrize("keys, message", [
-    ({"backend": "x" * 77}, f'backend: "{"x" * 77}" is not valid'),
-    ({"backend": "x" * 78}, f'backend: "{"x" * 75} ... is not valid'),
-    ({"conditionsV4": ["ok", "a;b"]}, 'conditionsV4[1]: "a;b" is not valid'),
-    ({"markMasqBit": 1, "externalSetMarkChain": "X"}, 'externalSetMarkChain: "X" is not valid')])
+    ({"backend": "x" * 77}, f'invalid value for backend: "{"x" * 77}"'),
+    ({"backend": "x" * 78}, f'invalid value for backend: "{"x" * 75} ...'),
+    ({"conditionsV4": ["ok", "a;b"]}, 'invalid value for conditionsV4[1]: "a;b"'),
+    ({"markMasqBit": 1, "externalSetMarkChain": "X"}, 'invalid value for externalSetMarkChain: "X"')])
 def test_message(keys, message):
     """The value at the path is shown, up to 80 letters of it."""
     with pytest.raises(cni.CniError) as caught:
@@ -160,7 +161,7 @@ def test_message(keys, message):
 def test_without_jsonschema(monkeypatch):
     """Where jsonschema is missing a refusal still names its path."""
     monkeypatch.setitem(__import__("sys").modules, "jsonschema", None)
-    with pytest.raises(cni.CniError, match=r"^snat is not valid"):
+    with pytest.raises(cni.CniError, match=r"^invalid value for snat$"):
         explained(config.parse, request(snat=1))
 
 

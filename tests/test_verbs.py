@@ -332,7 +332,7 @@ def test_warnings_are_written_after_the_lock(capfd):
     kernel.answers["transact"] = lambda text: said.append(capfd.readouterr().err)
     assert respond("ADD", configuration(PORT, backend="iptables"), kernel)[0] == 0
     lines = capfd.readouterr().err.splitlines()
-    assert said == [""] and len(lines) == 3 and "stands by" in "".join(lines)
+    assert said == [""] and len(lines) == 3 and "will take over" in "".join(lines)
 
 
 @pytest.mark.parametrize("chain", ["guard", "", "mine"])
@@ -360,18 +360,18 @@ def noted(notes, **answers):
 
 
 def test_second_interface(capfd):
-    """A port that leads to this container through another interface stays there; this one stands by."""
+    """A port that leads to this container through another interface stays there; this one will take over."""
     table = {elements(WEB)[0]: SECOND}
     kernel = RecordingKernel(**holding(table))
     assert add(kernel) is None
     assert kernel.written == [ruleset.attach(WEB, table) + ruleset.standby_note(SECOND, "eth0")]
     assert "ipv6 . tcp . 8080 : goto" in kernel.written[0] and "ipv4 . tcp . 8080 : goto" not in kernel.written[0]
     cni.tell()
-    assert "through interface eth1 already" in capfd.readouterr().err
+    assert "already published through eth1" in capfd.readouterr().err
 
 
 def test_second_interface_again():
-    """Who stands by already isn't noted twice."""
+    """Who will take over already isn't noted twice."""
     kernel = RecordingKernel(**noted(["eth1"]))
     assert add(kernel, environ={**VARIABLES, "CNI_IFNAME": "eth1"}, prevResult=UNBOUND) is None
     assert "also on" not in kernel.written[0] and "elements = " not in kernel.written[0]
@@ -384,7 +384,7 @@ def test_second_interface_again():
      {SECOND: elements(WEB)[:1], THIRD: elements(WEB)[1:]}),
     (["eth1", "eth2"], {SECOND: elements(WEB), THIRD: elements(WEB)}, {SECOND: elements(WEB)})])
 def test_heirs(notes, wanted, leads):
-    """When the first interface goes, its ports lead to who stands by, in order; heirs stand by for one another."""
+    """When the first interface goes, its ports lead to who will take over, in order; heirs stand by for one another."""
     kernel = RecordingKernel(**noted(notes, elements_wanted_by=lambda chain: set(wanted[chain])))
     delete("web-1", "eth0", kernel)
     [text] = kernel.written
@@ -476,7 +476,7 @@ def test_base_of_others():
     comments = base_comments()
     assert base_written({chain: ["", *those, "mine"] for chain, those in comments.items()}) == ""
     for foreign in "", "mine":
-        with pytest.raises(cni.CniError, match="did not write") as caught:
+        with pytest.raises(cni.CniError, match="foreign rule") as caught:
             base_written({**comments, "output": [foreign]})
         assert caught.value.code == 103
 
@@ -547,7 +547,7 @@ def test_localhost6_impossible(capfd):
     """Where [::1] can't be opened that is one line, and no failure."""
     assert add(RecordingKernel(allow_localhost6="bridge-nf")) is None
     cni.tell()
-    assert capfd.readouterr().err == "cni-portmap: published ports do not answer on [::1]: bridge-nf\n"
+    assert capfd.readouterr().err == "cni-portmap: cannot publish on [::1]: bridge-nf\n"
 
 
 # --- DEL ------------------------------------------------------------------------------------------------------
@@ -727,7 +727,7 @@ CHAINS = [*ruleset.SHARED, CHAIN]
 
 @pytest.mark.parametrize("chain, damage, word", [
     *((chain, lambda snapshot: [], "is missing") for chain in CHAINS),
-    *((chain, lambda snapshot: [(b"", *HOOK[1:]), *snapshot[1:]], "not hooked") for chain in ruleset.SHARED),
+    *((chain, lambda snapshot: [(b"", *HOOK[1:]), *snapshot[1:]], "wrong hook") for chain in ruleset.SHARED),
     *((chain, lambda snapshot: snapshot[:-1], "missing or altered") for chain in CHAINS),
     *((chain, lambda snapshot: [*snapshot[:-1], "altered"], "missing or altered") for chain in CHAINS),
     *((chain, lambda snapshot: [HOOK, *reversed(snapshot[1:])], "missing or altered")
@@ -745,8 +745,9 @@ def test_check_damage(chain, damage, word):
 
 
 @pytest.mark.parametrize("answers, words", [
-    ({"lookup": {}}, ["tcp port 8080 on 0.0.0.0", "nothing", "ipv4 . tcp . 8080"]),
-    ({"lookup": dict.fromkeys(elements(WEB), OTHER)}, ["tcp port 8080", OTHER]), ({"references": 3}, [CHAIN, "more"]),
+    ({"lookup": {}}, ["tcp port 8080 on 0.0.0.0", "no entry", "ipv4 . tcp . 8080"]),
+    ({"lookup": dict.fromkeys(elements(WEB), OTHER)}, ["tcp port 8080", OTHER]),
+    ({"references": 3}, [CHAIN, "unexpected"]),
     ({"references": 1}, [CHAIN]), ({"is_dormant": True}, ["dormant"])])
 def test_check_maps(answers, words):
     """A port that leads nowhere or elsewhere, an element too many, a table that sleeps: each is named."""
@@ -771,7 +772,7 @@ def test_check_hashed_name(container_id, home):
     kernel, empty, _ = intact(lookup=dict.fromkeys(elements(found), chain), references=0, snapshot=[HOOK],
                                owner=ruleset.Owner(chain, "".join(ruleset.record_of(theirs))))
     empty.answers["snapshot"] = [HOOK]
-    with contextlib.nullcontext() if home else pytest.raises(cni.CniError, match="does not lead to the container"):
+    with contextlib.nullcontext() if home else pytest.raises(cni.CniError, match="is not forwarded to this container"):
         check_attachment(found, kernel)
 
 
@@ -936,7 +937,7 @@ def test_restore_who_stands_by(damaged, order):
 
 
 def test_restore_keeps_notes():
-    """A chain that is mended still notes who stands by."""
+    """A chain that is mended still notes who will take over."""
     kernel = RecordingKernel(**noted(["eth1"]))
     kernel.answers["comments"] = lambda chain: {**base_comments(), CHAIN: ["net=lab", "also on eth1"]}.get(chain, [])
     restore([WEB], kernel)

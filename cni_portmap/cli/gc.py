@@ -5,7 +5,7 @@ import json
 from ..linux.kernel import Kernel
 from ..verbs.restore import prune
 
-HELP = "remove what containers left behind whose network namespace is gone"
+HELP = "remove rules of containers that are gone"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,5 +26,5 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
             print(f"{'would remove' if options.dry_run else 'removed'} {owner}: {why}")
         for owner, why in unknown:
             print(f"kept {owner}: {why}")
-        print(f"{len(dead)} dead" + (" (dry run)" if options.dry_run else ""))
+        print(f"{len(dead)} stale attachments" + (" (dry run)" if options.dry_run else ""))
     return 0

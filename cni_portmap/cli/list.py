@@ -28,7 +28,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
     else:
         _print_table(("HOST", "CONTAINER", "NETWORK", "POD", "ID", "INTERFACE", "CONNECTIONS", "OWNER"),
                      [(_end(line.host_ip, line.host_ports) + f"/{line.protocol}",
-                       _end(line.container_ip, line.container_ports) if line.container_ip else "(rule is missing)",
+                       _end(line.container_ip, line.container_ports) if line.container_ip else "(no rule)",
                        line.network, line.pod or "-", line.container_id[:12], line.ifname,
                        "-" if line.connections is None else str(line.connections), line.owner) for line in lines])
     return 0 if lines or options.port is None else 1

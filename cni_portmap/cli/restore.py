@@ -9,7 +9,7 @@ from ..linux.kernel import Kernel
 from ..verbs.restore import restore
 from ..verbs.steps import repair_shared_chains
 
-HELP = "publish again what a firewall reload has removed"
+HELP = "re-create rules lost in a firewall reload"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ HINTS = {
     EACCES: "run it as root",
     ENFILE: "too many files are open on this host; raise fs.file-max",
     EMFILE: "the runtime's limit of open files is too low; raise it",
-    ENOSPC: "no space is left there; free some",
+    ENOSPC: "no space left on the device",
     EROFS: "the file system is read-only; mount it read-write for the plugin",
 }
 

@@ -39,7 +39,7 @@ class Lock:
         import fcntl
 
         def too_late(*_: object) -> None:
-            raise CniError(TRY_AGAIN_LATER, f"{LOCK} is held by another call for {LOCK_SECONDS} seconds",
+            raise CniError(TRY_AGAIN_LATER, f"timed out after {LOCK_SECONDS} s waiting for {LOCK}",
                            f"see who holds it: fuser -v {LOCK}")
         waited = False
         try:
@@ -47,7 +47,7 @@ class Lock:
                 self._fd = posix.open(LOCK, posix.O_RDWR | posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC, 0o600)
                 status = posix.fstat(self._fd)
                 if status.st_uid != posix.geteuid() or status.st_mode & 0o77:
-                    raise CniError(IO_FAILURE, f"{LOCK} is open to other users", f"remove it: rm {LOCK}")
+                    raise CniError(IO_FAILURE, f"{LOCK} is accessible to other users", f"remove it: rm {LOCK}")
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -153,7 +153,7 @@ class Kernel(Table):
         """Run nft commands, a line each, as one transaction: all of them or none."""
         problem = self._libnftables().run(text)
         if problem:
-            hint = "nothing was written"
+            hint = "no changes were made"
             if "Operation not permitted" in problem:
                 hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
                     HINTS[EPERM]
@@ -281,7 +281,7 @@ class Kernel(Table):
         try:
             delete_flows(protocol, filters, is_stale, self.open_socket)
         except OSError as error:
-            warn(f"stale connections may live on: conntrack: {posix.strerror(error.errno or 0)}")
+            warn(f"could not delete stale conntrack entries: {posix.strerror(error.errno or 0)}")
 
     def local_addresses(self) -> set[bytes]:
         """This host's addresses, packed; not the link-local ones, which nothing is forwarded from (RFC 4291, 2.5.6)."""

@@ -111,7 +111,7 @@ def _answer_if_it_exits() -> None:
     """
     import ctypes
     if not _at_exit:
-        error = CniError(NFT_REFUSED, "libnftables gave up; its reason is on standard error", "nothing was written")
+        error = CniError(NFT_REFUSED, "libnftables exited unexpectedly; see stderr", "no changes were made")
         _at_exit.append(ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(lambda *_: give_up(error)))
         ctypes.CDLL(None).on_exit(_at_exit[0], None)
 

@@ -264,8 +264,8 @@ def translations() -> "Iterator[tuple[str, str, bytes]]":
 
 def _reading_failed(error: OSError) -> CniError:
     if error.errno == EINVAL:
-        return CniError(FOREIGN_TABLE, f"table {ruleset.TABLE} has a set or map that this plugin did not make",
-                        f"its maps are {', '.join(ruleset.MAPS)}; see: nft list table {ruleset.TABLE}")
+        return CniError(FOREIGN_TABLE, f"table {ruleset.TABLE} has a foreign set or map",
+                        f"the maps of this plugin are {', '.join(ruleset.MAPS)}; see: nft list table {ruleset.TABLE}")
     return system_error("cannot read nf_tables", error)
 
 

@@ -38,7 +38,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         except PortTaken as taken:
             left = _patience(attachment, taken.owner) - waited
             if left <= 0:
-                raise CniError(PORT_TAKEN, f"{taken.msg}; waited {waited:.0f} s for it to go", taken.details) from None
+                raise CniError(PORT_TAKEN, f"{taken.msg}; waited {waited:.0f} s for it", taken.details) from None
             waited += kernel.wait_for(taken.owner, taken.handle, left)
         except CniError as error:
             if flushed or not is_flush(error):

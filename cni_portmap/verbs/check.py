@@ -33,8 +33,8 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     home = chains_of_container(found.values(), attachment, kernel)
     for element, port in wanted.items():
         if found.get(element) not in home:
-            raise CniError(CHECK_FAILED, f"{port} does not lead to the container: map {element[0]} has "
-                           f"{found.get(element) or 'nothing'} for {ruleset.element_text(*element)}", "")
+            raise CniError(CHECK_FAILED, f"{port} is not forwarded to this container: map {element[0]} has "
+                           f"{found.get(element) or 'no entry'} for {ruleset.element_text(*element)}", "")
     empty = kernel.enter_empty_namespace()
     shared = {name: ruleset.shared_rules(name, [attachment]) for name in ruleset.SHARED}
     empty.transact(ruleset.base(shared) + ruleset.attach(attachment))
@@ -43,7 +43,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
             [f'{rule} comment "{comment}"' for rule, comment in shared[name]]
         _compare(name, texts, empty.snapshot(name), real[name])
     if references != [*found.values()].count(chain):
-        raise CniError(CHECK_FAILED, f"more leads to chain {chain} than was asked for",
+        raise CniError(CHECK_FAILED, f"unexpected references to chain {chain}",
                        f"see: nft list table {ruleset.TABLE}")
 
 
@@ -52,8 +52,8 @@ def _compare(name: str, texts: list[str], expected: "Sequence[object]", found: "
     if not found:
         raise CniError(CHECK_FAILED, f"chain {name} is missing", "")
     if found[0] != expected[0]:
-        raise CniError(CHECK_FAILED, f"chain {name} is not hooked as it should be",
-                       ruleset.SHARED[name].hook if name in ruleset.SHARED else "it should not be hooked at all")
+        hook = ruleset.SHARED[name].hook if name in ruleset.SHARED else ""
+        raise CniError(CHECK_FAILED, f"chain {name} has the wrong hook or priority", f"expected: {hook or 'no hook'}")
     index = missing_in_order(expected[1:], found[1:])
     if index is not None:
         raise CniError(CHECK_FAILED, f"chain {name}: a rule is missing or altered", texts[index])

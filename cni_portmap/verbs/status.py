@@ -17,4 +17,4 @@ def status(kernel: "Kernel") -> None:
     except CniError as error:
         raise CniError(NOT_AVAILABLE, error.msg, error.details) from None
     if problem:
-        raise CniError(NOT_AVAILABLE, f"the kernel does not take our ruleset: {problem}", "see nft list ruleset")
+        raise CniError(NOT_AVAILABLE, f"the kernel rejected the base ruleset: {problem}", "see nft list ruleset")

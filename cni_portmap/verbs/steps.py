@@ -84,8 +84,8 @@ def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
             replaced.append(name)
         for comment in there:
             if not comment.startswith(ruleset.COMMENT_PREFIX):
-                raise CniError(FOREIGN_TABLE, f"chain {name} of table {ruleset.TABLE} must be rebuilt, but has a rule "
-                               f"that this plugin did not write", f"see: nft -a list chain {ruleset.TABLE} {name}")
+                raise CniError(FOREIGN_TABLE, f"cannot rebuild chain {name} of table {ruleset.TABLE}: it has a "
+                               f"foreign rule", f"see: nft -a list chain {ruleset.TABLE} {name}")
     if not chains and not kernel.is_dormant():
         return ""
     text = ruleset.base(chains, replaced)
@@ -111,8 +111,8 @@ def write_shared_chains(text: str, kernel: "Kernel") -> None:
     """
     kernel.transact(text)
     if kernel.has_chain("guard") and not kernel.comments("guard"):
-        raise CniError(NFT_REFUSED, "libnftables is too old: it writes chains without their rules",
-                       "1.0.7 is new enough, and Debian's 1.0.6-2+deb12u2")
+        raise CniError(NFT_REFUSED, "unsupported libnftables: it drops the rules of new chains",
+                       "required: 1.0.7, or Debian's 1.0.6-2+deb12u2")
 
 
 def repair_shared_chains(kernel: "Kernel", dry_run: bool = False) -> bool:
@@ -145,7 +145,7 @@ def open_localhost(attachments: "Iterable[Attachment]", closed: "Iterable[str]",
         if _on_localhost(attachment, 6):
             obstacle = kernel.allow_localhost6(attachment.addresses[6].ip)
             if obstacle:
-                warn(f"published ports do not answer on [::1]: {obstacle}")
+                warn(f"cannot publish on [::1]: {obstacle}")
 
 
 def _on_localhost(attachment: Attachment, family: int) -> bool:
@@ -211,7 +211,7 @@ def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judg
     taken.pop(chain, None)
     for other, port in taken.items():
         if not ruleset.is_attachment_chain(other):
-            raise CniError(FOREIGN_TABLE, f"{port} is taken by a map element that this plugin did not write",
+            raise CniError(FOREIGN_TABLE, f"{port} is already used by a foreign map element",
                            f"find it: nft list table {ruleset.TABLE}")
     owners = {other: kernel.owner(other) for other in taken}
     verdicts = {other: verdict_on(owner, attachment, judged, kernel) for other, owner in owners.items()}
@@ -225,8 +225,8 @@ def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judg
             dead.append(other)
         elif owners[other].container_id == attachment.container_id:
             siblings.append(other)
-            warn(f"{port} leads to this container through interface {owners[other].ifname} already; "
-                 f"{attachment.ifname} stands by")
+            warn(f"{port} is already published through {owners[other].ifname} of this container; "
+                 f"{attachment.ifname} will take over when {owners[other].ifname} is removed")
         else:
             raise PortTaken(f"{port} is already published by {owners[other]}", why, owners[other],
                             kernel.handle(other))

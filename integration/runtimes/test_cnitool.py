@@ -94,7 +94,7 @@ def test_check(box):
     """check fails when a port is gone, and names it; cni-portmap restore repairs it"""
     box.do("add")
     lab.run("nft", "delete", "element", "inet", "cni_portmap", "hostports", "{ ipv4 . tcp . 8080 }")
-    assert "tcp port 8080 on 0.0.0.0 does not lead to the container" in box.machine.fails(*box.command("check"))
+    assert "tcp port 8080 on 0.0.0.0 is not forwarded to this container" in box.machine.fails(*box.command("check"))
     box.machine.run("cni-portmap", "restore")
     box.do("check")
     flush_ruleset()
