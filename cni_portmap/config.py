@@ -175,7 +175,7 @@ def _addresses(config: dict[str, object], ifname: str) -> tuple[dict[int, Addres
         if type(sandbox) is not str:
             raise ConfigError(f"{path}.sandbox")
         sandboxed.append(name == ifname and sandbox != "")
-        if not sandbox and is_ifname(name):
+        if not sandbox and name != ifname and is_ifname(name):
             links.append(name)
     found: dict[int, Address] = {}
     for index, item in enumerate(_list(result.get("ips"), "prevResult.ips")):

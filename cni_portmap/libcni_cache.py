@@ -57,7 +57,8 @@ class Memory:
     def is_current(self, attachment: Attachment) -> bool:
         """Whether its file is still the same, and its link is there. Cannot hang, so the lock may be held."""
         path, identity = self._files[id(attachment)]
-        return _identity(path) == identity and (not attachment.link or self._kernel.has_link(attachment.link))
+        return _identity(path) == identity and \
+            (not attachment.link or self._kernel.has_link(attachment.link) is not False)
 
 
 def _read(path: pathlib.Path, plugin: str, kernel: Kernel) -> Attachment | Skipped:
@@ -113,6 +114,19 @@ def _attachment(cache: dict[str, Any], plugin: str, kernel: Kernel) -> Attachmen
         attachment = parse(Request("ADD", conflist.get("cniVersion", "0.1.0"), environ, config, json.dumps(result)))
     except ConfigError as error:
         raise explain(config, error) from None
-    attachment.link = kernel.link(attachment.links) if attachment.links else ""
+    attachment.link = _link(attachment.links, result, kernel)
     attachment.inode = max(kernel.namespace_soon(netns), 0)
     return attachment
+
+
+def _link(names: tuple[str, ...], result: dict[str, Any], kernel: Kernel) -> str:
+    """The host's end of a container's link, of those that its result names. Raises Skipped where it has gone."""
+    link = kernel.link(names) if names else ""
+    if len(names) > 1 and not link and not kernel.has_interface(names[-1]):  # a bridge comes first
+        raise Skipped(f"its interface {names[-1]} on this host is gone")
+    name = link.rpartition("#")[0]
+    for interface in result.get("interfaces", ()):
+        address = interface.get("mac") if interface.get("name") == name and not interface.get("sandbox") else None
+        if isinstance(address, str) and address and not kernel.has_address(link, address):
+            raise Skipped(f"its interface {name} on this host is gone; another one has its name")
+    return link

@@ -157,9 +157,10 @@ def test_a_path_that_hangs(monkeypatch):
 
 
 def test_links():
-    """A link is known by its index; a link that is no end of a pair is none that goes with a container."""
-    assert Kernel().has_link("lo#1") and Kernel().has_link("renamed#1") and not Kernel().has_link("lo#4294967295")
-    assert not Kernel().has_link(f"lo#{1 << 64}")
+    """A link is there, gone, or its index is another name's; one that is no end of a pair goes with no container."""
+    cases = {"lo#1": True, "renamed#1": None, "lo#2147483646": False, "lo#4294967295": False, f"lo#{1 << 64}": False}
+    assert {link: Kernel().has_link(link) for link in cases} == cases
+    assert Kernel().has_address("lo#1", "00:00:00:00:00:00") and not Kernel().has_address("lo#1", "02:00:00:00:00:00")
     assert Kernel().link(["lo", "none"]) == "" and Kernel().link([]) == ""
 
 

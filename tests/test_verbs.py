@@ -206,7 +206,7 @@ def test_add_for_a_container_that_is_gone(answers, code):
     error = add(kernel)
     assert (error.code if error else 0) == code and bool(kernel.written) == (not code)
     assert not locked(kernel) & {"namespace", "namespace_soon", "judge", "link"}
-    assert not code or "CNI_NETNS" in error.msg
+    assert not code or ("veth1" if "link" in answers else "CNI_NETNS") in error.msg
 
 
 def test_add_that_waited_for_the_lock():
@@ -284,7 +284,7 @@ def test_patience(args, record, seconds):
     kernel, error, waited = waits(args, record)
     assert waited == [seconds] and "wait_for" not in locked(kernel)
     assert error.code == 101 and f"waited {seconds} s" in error.msg and "container other" in error.msg
-    assert len(kernel.named("lock")) == 3 and kernel.written == []  # judged, met, and looked at again
+    assert len(kernel.named("lock")) == 4 and kernel.written == []  # unknown, met; and both again after the wait
 
 
 def test_an_owner_that_goes():
@@ -298,10 +298,44 @@ def test_an_owner_that_goes():
     assert add(kernel) is None and kernel.written == [ruleset.attach(WEB)]
 
 
-def test_one_owner_after_another():
-    """All that is waited for shares one time."""
+def test_one_owner_is_waited_for_in_pieces():
+    """However often its chain changes, an owner has its time once."""
     _, error, waited = waits(wait_for=lambda owner, handle, seconds: min(seconds, 0.75))
     assert waited == [2, 1.25, 0.5] and "waited 2 s" in error.msg
+
+
+def test_each_owner_has_its_time():
+    """A predecessor is waited for, and then a stranger; the refusal says how long it was for that one."""
+    predecessor, stranger = elements(attachment(mapping(host_port=1))), elements(attachment(mapping(host_port=2)))
+    table = dict.fromkeys(predecessor, "c/before/eth0") | dict.fromkeys(stranger, OTHER)
+    record = f"{OTHER_RECORD} pod=shop/web"
+
+    def goes(owner, handle, seconds):
+        for element in predecessor:
+            table.pop(element, None)
+        return 4 if owner.container_id == "before" else seconds
+    kernel = RecordingKernel(**holding(table, record, owner=lambda chain: ruleset.Owner(
+        chain, record if "before" in chain else OTHER_RECORD)), wait_for=goes)
+    error = add(kernel, mapping(host_port=1), mapping(host_port=2),
+                environ={**VARIABLES, "CNI_ARGS": POD})
+    assert [seconds for *_, seconds in kernel.named("wait_for")] == [10, 2] and "waited 2 s" in error.msg
+
+
+def test_an_owner_that_ends_during_the_wait_is_noticed():
+    """Without a link nothing tells that it ends; so it is judged again before the refusal."""
+    kernel = taken(judge=lambda owners: verdicts(owners, "dead" if kernel.named("wait_for") else "alive"))
+    assert add(kernel) is None and OTHER in kernel.written[0]
+
+
+def test_a_shared_link_is_no_witness():
+    """Two results that name one link: whose it is the namespace tells."""
+    record = "net=theirs netns=/run/netns/other#99 link=veth9#9"
+    for state, code in ("alive", 101), ("dead", 0):
+        kernel = taken(record=record, link="veth9#9", glance=("alive", ""),
+                       judge=lambda owners, state=state: verdicts(owners, state))
+        error = add(kernel)
+        assert (error.code if error else 0) == code
+        assert all(not owner.link for _, owners in kernel.named("judge") for owner in owners)
 
 
 def test_refusals_name_the_pod():
@@ -327,7 +361,7 @@ def test_a_flush_in_the_middle(verb, failures, written):
 
 def test_warnings_are_written_after_the_lock(capfd):
     """Standard error may be a stopped terminal: nobody else waits for it."""
-    kernel = RecordingKernel(**holding({elements(WEB)[0]: SECOND}), allow_localhost6="bridge-nf")
+    kernel = RecordingKernel(**holding({elements(WEB)[0]: SECOND}, OWN_RECORD), allow_localhost6="bridge-nf")
     said = []
     kernel.answers["transact"] = lambda text: said.append(capfd.readouterr().err)
     assert respond("ADD", configuration(PORT, backend="iptables"), kernel)[0] == 0
@@ -362,12 +396,18 @@ def noted(notes, **answers):
 def test_second_interface(capfd):
     """A port that leads to this container through another interface stays there; this one will take over."""
     table = {elements(WEB)[0]: SECOND}
-    kernel = RecordingKernel(**holding(table))
+    kernel = RecordingKernel(**holding(table, OWN_RECORD))
     assert add(kernel) is None
     assert kernel.written == [ruleset.attach(WEB, table) + ruleset.standby_note(SECOND, "eth0")]
     assert "ipv6 . tcp . 8080 : goto" in kernel.written[0] and "ipv4 . tcp . 8080 : goto" not in kernel.written[0]
     cni.tell()
     assert "already published through eth1" in capfd.readouterr().err
+
+
+def test_the_same_id_in_another_namespace_is_another_container():
+    """Two runtimes may use one container ID: what lives in another network namespace is not this container."""
+    kernel = RecordingKernel(**holding({elements(WEB)[0]: SECOND}))
+    assert add(kernel).code == 101 and kernel.written == []
 
 
 def test_second_interface_again():

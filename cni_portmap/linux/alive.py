@@ -1,19 +1,20 @@
 """Who lives: the one judgement, for whoever asks: list, gc, takeover, restore, CHECK.
 
-First witness is the host-side link of the container. It goes with its peer's namespace, so its index says who lives:
-the same from every mount and PID namespace, without a path that could hang or an inode number that could be used again.
+First witness is the host-side link of the container. It goes with its peer's namespace, so it says who lives: the same
+from every mount and PID namespace, without a path that could hang. Its index may be used again (a link that is moved to
+this namespace keeps its own), so an index under another name says nothing.
 
 Where no link is known (macvlan, host-device, records of cni-portmap 0.1), the network namespace is sought: in what
 processes are in, hold open, or have mounted. That it is not found proves its end only where this process sees all of
 that; otherwise it cannot be judged, and counts as alive. To look costs 0.2 s with 10,000 processes, so nobody does it
-under the lock. Not looked into: mount namespaces that no process is in, and what those processes hold open that do not
-let themselves be looked at.
+under the lock. Not looked into: mount namespaces that no process is in; mounts outside of the root of processes in a
+user namespace of their own; and what those processes hold open that do not let themselves be looked at.
 
 Source: namespaces(7), proc(5), Documentation/filesystems/proc.rst (mountinfo, hidepid).
 """
 import posix
 
-from . import EINVAL, ENOENT, ESRCH
+from . import EINVAL, ENAMETOOLONG, ENOENT, ESRCH
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SIGKILL = 9
 PATH_SECONDS = 1
+ROUNDS = 100  # to look at processes that have just begun
 ALIVE, DEAD, UNKNOWN = "alive", "dead", "unknown"
 FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
@@ -58,7 +60,7 @@ class Sight:
     `obstacle`: why there may be more, "" where this process has seen all.
     """
 
-    __slots__ = ("held", "mounted", "obstacle", "_examples", "_mounts", "_refused")
+    __slots__ = ("held", "mounted", "obstacle", "_examples", "_mounts", "_refused", "_users")
 
     def __init__(self) -> None:
         self.held: set[str] = set()
@@ -68,21 +70,30 @@ class Sight:
         self._examples: dict[str, str] = {}  # network namespace: a process that is in it
         self._refused: set[str] = set()  # processes that only show their mounts
         try:
+            self._users = posix.readlink("/proc/self/ns/user")
             self.obstacle = _obstacle()
-            processes = [name for name in posix.listdir("/proc") if name.isdigit()]
+            self._look_at_all()
         except OSError as error:
-            self.obstacle, processes = f"/proc: {posix.strerror(error.errno or 0)}", []
-        for process in processes:
-            self._look_at(process)
+            self.obstacle = f"/proc: {posix.strerror(error.errno or 0)}"
         known = {_net_inode(process) for process in self._examples.values()} if self._refused else set()
         for process in self._refused:
             if _net_inode(process) not in known:
-                self.obstacle = self.obstacle or f"{process} does not show its network namespace"
+                self.obstacle = self.obstacle or f"{process} does not show its network namespace to this user"
         if not self.obstacle and not all(self._mounts.values()):
             self.obstacle = "some processes have mounts of their own, and show only a part of them (chroot)"
 
-    def _look_at(self, process: str) -> None:
-        """What one process holds. One that ends meanwhile holds nothing."""
+    def _look_at_all(self) -> None:
+        """Look until none has ended before it was looked at: a child that began since may hold what that held."""
+        seen: set[str] = set()
+        for _ in range(ROUNDS):
+            new = {name for name in posix.listdir("/proc") if name.isdigit()} - seen
+            seen |= new
+            if len(new) == sum(map(self._look_at, new)):
+                return
+        self.obstacle = self.obstacle or "processes end faster than they can be looked at"
+
+    def _look_at(self, process: str) -> bool:
+        """What one process holds; False where it has ended."""
         try:
             self._look_at_namespaces(f"/proc/{process}")
             for fd in posix.listdir(f"/proc/{process}/fd"):
@@ -90,47 +101,52 @@ class Sight:
                     target = posix.readlink(f"/proc/{process}/fd/{fd}")
                     if target == "/":  # so it looks where the mount that it was opened by has gone
                         target = f"net:[{_inode_of(f'/proc/{process}/fdinfo/{fd}')}]"
-                except FileNotFoundError:
+                except OSError as error:
+                    if error.errno not in (ENOENT, ENAMETOOLONG):  # no namespace has a name that long
+                        raise
                     continue
                 if target.startswith("net:["):
                     self.held.add(target)
         except (FileNotFoundError, ProcessLookupError):
-            pass
+            return False
         except PermissionError:
             self._refused.add(f"/proc/{process}")
             self._look_at_mounts(f"/proc/{process}")
         except OSError as error:
             self.obstacle = self.obstacle or f"/proc/{process}: {posix.strerror(error.errno or 0)}"
+        return True
 
     def _look_at_namespaces(self, process: str) -> None:
+        for thread in posix.listdir(f"{process}/task"):  # each may be in another, and the first may have ended
+            try:
+                self.held.add(posix.readlink(f"{process}/task/{thread}/ns/net"))
+            except FileNotFoundError:
+                continue
         try:
             network = posix.readlink(f"{process}/ns/net")
-        except FileNotFoundError:  # it has ended, and may have threads that go on
-            for thread in posix.listdir(f"{process}/task"):
-                try:
-                    self.held.add(posix.readlink(f"{process}/task/{thread}/ns/net"))
-                except FileNotFoundError:
-                    continue
+        except FileNotFoundError:
             return
-        self.held.add(network)
         self._examples[network] = process
         mounts = posix.readlink(f"{process}/ns/mnt")
         if not self._mounts.get(mounts):
-            self._mounts[mounts] = posix.readlink(f"{process}/root") == "/"
-            self._look_at_mounts(process)
+            ours = posix.readlink(f"{process}/ns/user") == self._users  # others can mount what they like, and hide it
+            self._mounts[mounts] = not ours or posix.readlink(f"{process}/root") == "/"
+            self._look_at_mounts(process, ours)
 
-    def _look_at_mounts(self, process: str) -> None:
+    def _look_at_mounts(self, process: str, has_paths: bool = True) -> None:
+        """What is mounted there; `has_paths`: and under which paths."""
         try:
             mounts = _read(f"{process}/mountinfo")
         except OSError as error:
             if error.errno not in (ENOENT, ESRCH, EINVAL):  # it has ended
                 self.obstacle = self.obstacle or f"{process} does not show its mounts"
             return
-        for line in mounts.splitlines():
+        for line in mounts.split("\n"):  # and at nothing else that Python takes for the end of a line
             fields = line.split(" ")
-            if fields[3].startswith("net:["):
+            if len(fields) > 4 and fields[3].startswith("net:["):
                 self.held.add(fields[3])
-                self.mounted.add(_unescape(fields[4]))
+                if has_paths:
+                    self.mounted.add(_unescape(fields[4]))
 
 
 def _net_inode(process: str) -> int:
@@ -153,8 +169,8 @@ def _obstacle() -> str:
     """Why this process may not see all others, "" if it does."""
     if posix.readlink("/proc/self/ns/pid") != FIRST_PID_NAMESPACE:
         return "this process is in a PID namespace of its own, and does not see the host's processes"
-    proc = [line.split(" - ")[1].split(" ") for line in _read("/proc/self/mountinfo").splitlines()
-            if line.split(" ")[4] == "/proc"]
+    lines = _read("/proc/self/mountinfo").split("\n")
+    proc = [line.split(" - ")[1].split(" ") for line in lines if line.split(" ")[4:5] == ["/proc"]]
     if not proc:
         return "/proc is not a mount point here"
     options = proc[-1][-1].split(",")  # the last mount is on top
@@ -180,25 +196,34 @@ def _unescape(path: str) -> str:
     return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
 
 
-def judge(owners: "Iterable[Owner]", has_link: "Callable[[str], bool]", leads_to: "Callable[[str], int]") \
+def judge(owners: "Iterable[Owner]", has_link: "Callable[[str], bool | None]", leads_to: "Callable[[str], int]") \
         -> "dict[str, Verdict]":
-    """The verdict on each owner, by its chain. May take its time: never to be called under the lock."""
+    """The verdict on each owner, by its chain. May take its time: never to be called under the lock.
+
+    `has_link`, `leads_to`: see Kernel.has_link and Kernel.namespace_soon.
+    """
     sight: Sight | None = None
     verdicts = {}
     for owner in owners:
-        if owner.link:
-            verdicts[owner.chain] = by_link(owner, has_link(owner.link))
+        is_there = has_link(owner.link) if owner.link else None
+        if is_there is not None:
+            verdicts[owner.chain] = by_link(owner, is_there)
         else:
             sight = sight or Sight()
             verdicts[owner.chain] = by_namespace(owner, sight, leads_to)
     return verdicts
 
 
-def in_a_second(ask: "Callable[[], int]") -> int:
-    """What a child finds out that gets one second, 0 where it does not come back: a path may hang (NFS, FUSE)."""
+def in_a_second(ask: "Callable[[], int]") -> int | None:
+    """What a child finds out that gets one second, None where it does not come back: a path may hang (NFS, FUSE)."""
     from select import select
     read, write = posix.pipe()
-    pid = posix.fork()
+    try:
+        pid = posix.fork()
+    except OSError:  # too many processes
+        posix.close(read)
+        posix.close(write)
+        return None
     if not pid:
         try:
             posix.closerange(0, write)  # the lock, and the runtime's pipes, are not for a process that may stay
@@ -211,7 +236,7 @@ def in_a_second(ask: "Callable[[], int]") -> int:
     posix.close(read)
     posix.kill(pid, SIGKILL)
     posix.waitpid(pid, 0 if answer else posix.WNOHANG)
-    return int(answer or 0)
+    return int(answer) if answer else None
 
 
 def until(changed: "Callable[[], bool]", seconds: float) -> float:

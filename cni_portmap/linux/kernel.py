@@ -1,7 +1,7 @@
 """This host's kernel, as the verbs see it: what is read, what is written, and the lock between the two."""
 import posix
 from _socket import (AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV6_V6ONLY, SCM_RIGHTS, SO_REUSEADDR, SOCK_DGRAM,
-                     SOCK_STREAM, SOL_SOCKET, if_indextoname, if_nametoindex, socket, socketpair)
+                     SOCK_STREAM, SOL_SOCKET, if_nametoindex, socket, socketpair)
 from _struct import pack
 
 from .. import ruleset
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOCK = "/run/cni-portmap.lock"
 LOCK_SECONDS = 30  # 200 plugins at once need less than one
+HUNG_PATHS = 3
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
 CLONE_NEWNET = 0x40000000
 
@@ -81,6 +82,7 @@ class Kernel(Table):
         super().__init__()
         self._nft: Libnftables | None = None
         self._empty: Kernel | None = None
+        self._hung = 0  # paths
         self._local: set[bytes] | None = None
 
     # --- who lives ---
@@ -97,12 +99,33 @@ class Kernel(Table):
             raise system_error("cannot read the links of this host", error) from None
         return f"{name}#{index}" if name else ""
 
-    def has_link(self, link: str) -> bool:
-        """Whether the link is there that was name#index. One with another name is the same: somebody renamed it."""
+    def has_link(self, link: str) -> bool | None:
+        """Whether the link is there that was name#index; None where another name has that index.
+
+        That is the same link, which somebody renamed, or another one: an index may be used again. Raises CniError(5)
+        where that cannot be asked.
+        """
+        name, _, index = link.rpartition("#")
+        found = self._link_of(int(index))
+        return False if found is None else True if found[0] == name else None
+
+    def has_address(self, link: str, address: str) -> bool:
+        """Whether a link, name#index, has this hardware address ("02:00:00:00:00:01")."""
+        found = self._link_of(int(link.rpartition("#")[2]))
+        return found is not None and found[1].hex() == address.replace(":", "").lower()
+
+    def _link_of(self, index: int) -> tuple[str, bytes] | None:
+        if not 0 < index < 1 << 31:
+            return None
+        from .netlink import link_of
         try:
-            return bool(if_indextoname(int(link.rpartition("#")[2])))
-        except (OSError, OverflowError):
-            return False
+            return link_of(index)
+        except OSError as error:
+            raise system_error("cannot read the links of this host", error) from None
+
+    def has_interface(self, name: str) -> bool:
+        """Whether there is an interface of that name."""
+        return _is_interface(name)
 
     def namespace(self, path: str) -> int:
         """The inode of the network namespace that `path` leads to; -1 for none, 0 where that cannot be known.
@@ -118,16 +141,24 @@ class Kernel(Table):
         return found.st_ino if found.st_dev == own.st_dev else -1  # a file that is left where it was mounted
 
     def namespace_soon(self, path: str) -> int:
-        """`namespace`, asked by a child that gets one second; 0 where it does not come back."""
+        """`namespace`, asked by a child that gets one second; 0 where it does not come back.
+
+        After some that do not nothing is asked any more: all may be on one file server.
+        """
         from .alive import in_a_second
-        return in_a_second(lambda: self.namespace(path))
+        found = in_a_second(lambda: self.namespace(path)) if self._hung < HUNG_PATHS else None
+        self._hung += found is None
+        return found or 0
 
     def glance(self, owner: "Owner") -> "Verdict | None":
         """Who lives, as far as that is known without looking for it; None where it is not. It cannot hang."""
         if not owner.link:
             return None
+        is_there = self.has_link(owner.link)
+        if is_there is None:
+            return None
         from .alive import by_link
-        return by_link(owner, self.has_link(owner.link))
+        return by_link(owner, is_there)
 
     def judge(self, owners: "Iterable[Owner]") -> "dict[str, Verdict]":
         """Who lives, by their chains. Takes its time, so it is not asked under the lock."""
@@ -141,7 +172,7 @@ class Kernel(Table):
         """
         from .alive import until
         return until(lambda: self.handle(owner.chain) != handle or
-                     bool(owner.link and not self.has_link(owner.link)), seconds)
+                     bool(owner.link and self.has_link(owner.link) is False), seconds)
 
     # --- writing ---
 

@@ -154,6 +154,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_VIA = 1, 4, 5, 6, 18
 IFLA_IFNAME, IFLA_LINKINFO, IFLA_EXT_MASK, IFLA_INFO_KIND = 3, 18, 29, 1
 RTEXT_FILTER_SKIP_STATS = 8
 IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFLA_ADDRESS = 1
 PAIRED = ("veth", "netkit")  # kinds of links that end when one end of them does
 
 
@@ -248,3 +249,14 @@ def paired_link(names: "Sequence[str]") -> tuple[str, int]:
         if answer and _kind_of(answer) in PAIRED:
             return name, int.from_bytes(answer[4:8], "little")
     return "", 0
+
+
+def link_of(index: int) -> tuple[str, bytes] | None:
+    """Name and hardware address of the link with an index, None where there is no such link."""
+    body = bytes(4) + index.to_bytes(4, "little") + bytes(8) + \
+        attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS.to_bytes(4, "little"))  # ifinfomsg
+    answer = Socket(NETLINK_ROUTE).ask_each(RTM_GETLINK, [body])[0]
+    if answer is None:
+        return None
+    found = dict(attributes(answer, 16))
+    return text(found.get(IFLA_IFNAME, b"")), found.get(IFLA_ADDRESS, b"")

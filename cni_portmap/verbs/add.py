@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 STRANGER_SECONDS = 2  # to wait for a living owner: its DEL may be under way, as in Kubernetes
 PREDECESSOR_SECONDS = 10  # where it is the same pod, with another sandbox
+ALL_SECONDS = 12  # for all of them together
 
 
 def add(attachment: Attachment, kernel: "Kernel") -> None:
@@ -23,7 +24,8 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     """
     _try_conditions(attachment, kernel)
     judged: Judged = {}
-    waited, flushed = 0.0, False
+    waited: dict[str, float] = {}  # by the owner's chain
+    flushed = False
     while True:
         _look_at(attachment, kernel)
         rules = ruleset.rules_text(attachment)
@@ -36,10 +38,12 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
         except Unjudged as unjudged:
             judge(unjudged.owners, judged, kernel)
         except PortTaken as taken:
-            left = _patience(attachment, taken.owner) - waited
+            chain, so_far = taken.owner.chain, waited.get(taken.owner.chain, 0.0)
+            left = min(_patience(attachment, taken.owner) - so_far, ALL_SECONDS - sum(waited.values()))
             if left <= 0:
-                raise CniError(PORT_TAKEN, f"{taken.msg}; waited {waited:.0f} s for it", taken.details) from None
-            waited += kernel.wait_for(taken.owner, taken.handle, left)
+                raise CniError(PORT_TAKEN, f"{taken.msg}; waited {so_far:.0f} s for it", taken.details) from None
+            waited[chain] = so_far + kernel.wait_for(taken.owner, taken.handle, left)
+            judged.pop((chain, taken.handle), None)  # it may have died meanwhile
         except CniError as error:
             if flushed or not is_flush(error):
                 raise
@@ -100,13 +104,16 @@ def _look_at(attachment: Attachment, kernel: "Kernel") -> None:
 
 def _look_again_at(attachment: Attachment, kernel: "Kernel") -> None:
     """Raise CniError(4) if the container has gone since `_look_at`. It cannot hang."""
-    if not kernel.has_link(attachment.link) if attachment.link else kernel.namespace_soon(attachment.netns) < 0:
+    if kernel.has_link(attachment.link) is False if attachment.link else kernel.namespace_soon(attachment.netns) < 0:
         raise _gone(attachment)
 
 
 def _gone(attachment: Attachment) -> CniError:
+    if attachment.link:
+        return CniError(INVALID_ENVIRONMENT, f"the container has ended: its interface "
+                        f"{attachment.link.rpartition('#')[0]} on this host is gone", "nothing was published")
     return CniError(INVALID_ENVIRONMENT, f"CNI_NETNS: {attachment.netns} leads to no network namespace",
-                    "the container has ended; nothing was published")
+                    "the container has ended, or its path is not there for this process; nothing was published")
 
 
 def _patience(attachment: Attachment, owner: "Owner") -> float:

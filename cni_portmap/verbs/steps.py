@@ -223,7 +223,7 @@ def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judg
         state, why = verdicts[other] or ("", "")
         if state == "dead":
             dead.append(other)
-        elif owners[other].container_id == attachment.container_id:
+        elif owners[other].container_id == attachment.container_id and _same_namespace(owners[other], attachment):
             siblings.append(other)
             warn(f"{port} is already published through {owners[other].ifname} of this container; "
                  f"{attachment.ifname} will take over when {owners[other].ifname} is removed")
@@ -232,6 +232,11 @@ def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judg
                             kernel.handle(other))
     own = ruleset.elements_of(attachment)
     return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
+
+
+def _same_namespace(owner: "Owner", attachment: Attachment) -> bool:
+    """Whether two interfaces may be in one network namespace, as those of one container are."""
+    return not owner.inode or not attachment.inode or owner.inode == attachment.inode
 
 
 def refuse_namesake(attachment: Attachment, chain: str, kernel: "Kernel", judged: "Judged") -> None:
@@ -254,7 +259,10 @@ def refuse_namesake(attachment: Attachment, chain: str, kernel: "Kernel", judged
 def judge(owners: "list[Owner]", judged: "Judged", kernel: "Kernel") -> None:
     """Judge these owners, as they are now. Not under the lock."""
     handles = {owner.chain: kernel.handle(owner.chain) for owner in owners}
-    verdicts = kernel.judge([kernel.owner(chain) for chain in handles])
+    now = [kernel.owner(chain) for chain in handles]
+    for owner, before in zip(now, owners, strict=True):
+        owner.link = owner.link if before.link else ""
+    verdicts = kernel.judge(now)
     judged |= {(chain, handles[chain]): verdict for chain, verdict in verdicts.items()}
 
 
@@ -262,8 +270,10 @@ def verdict_on(owner: "Owner", attachment: Attachment, judged: "Judged", kernel:
     """Who lives, as far as it is known under the lock, where an owner meets `attachment`, which lives."""
     seen = kernel.glance(owner)
     another = owner.container_id != attachment.container_id
-    if seen:
-        return ("dead", "its link is another's") if another and owner.link == attachment.link else seen
+    if another and owner.link and owner.link == attachment.link:
+        owner.link = ""  # one of the two does not own it: it is no witness
+    elif seen:
+        return seen
     if owner.inode and owner.inode == attachment.inode:
         if another and owner.ifname == attachment.ifname:
             return "dead", "its interface is another's"  # one of a name in a namespace; its number may be used again
