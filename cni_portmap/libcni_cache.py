@@ -37,13 +37,14 @@ class Memory:
         self._kernel = kernel or Kernel()
         self._files: dict[int, tuple[pathlib.Path, object]] = {}  # by the attachment's id
         files = [path for folder in folders for path in pathlib.Path(folder).glob("*") if path.is_file()]
-        read = [(path, _identity(path), _read(path, plugin, self._kernel)) for path in sorted(files, key=_age)]
-        by_link: dict[str, set[str]] = {}
-        for _, _, each in read:
-            if isinstance(each, Attachment) and each.link:
-                by_link.setdefault(each.link, set()).add(ruleset.chain_of(each.container_id, each.ifname))
+        documents = [(path, _identity(path), _load(path)) for path in sorted(files, key=_age)]
+        users: dict[str, set[object]] = {}  # of an interface of the host: the containers whose results name it
+        for _, _, document in documents:
+            for name, container_id in _interfaces_of(document):
+                users.setdefault(name, set()).add(container_id)
+        read = [(path, identity, _read(document, plugin, self._kernel)) for path, identity, document in documents]
         for _, _, each in read:  # a link that several are said to have is one's whose namespace is there, or nobody's
-            if isinstance(each, Attachment) and len(by_link.get(each.link, ())) > 1 and not each.inode:
+            if isinstance(each, Attachment) and len(users.get(each.link.rpartition("#")[0], ())) > 1 and not each.inode:
                 each.link = ""
         unseen = {str(id(each)): each.netns for _, _, each in read
                   if isinstance(each, Attachment) and not each.link and not each.inode}
@@ -61,9 +62,28 @@ class Memory:
             (not attachment.link or self._kernel.has_link(attachment.link) is not False)
 
 
-def _read(path: pathlib.Path, plugin: str, kernel: Kernel) -> Attachment | Skipped:
+def _load(path: pathlib.Path) -> Any:
+    """The document in a file, or a Skipped that says why there is none."""
     try:
-        return _attachment(json.loads(path.read_bytes()), plugin, kernel)
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        return Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
+
+
+def _interfaces_of(document: Any) -> list[tuple[str, object]]:
+    """The interfaces of the host that a result names, each with its container."""
+    try:
+        return [(interface["name"], document["containerId"]) for interface in document["result"]["interfaces"]
+                if not interface.get("sandbox")]
+    except (TypeError, KeyError, AttributeError):
+        return []
+
+
+def _read(document: Any, plugin: str, kernel: Kernel) -> Attachment | Skipped:
+    if isinstance(document, Skipped):
+        return document
+    try:
+        return _attachment(document, plugin, kernel)
     except Skipped as reason:
         return reason
     except CniError as error:
@@ -122,7 +142,7 @@ def _attachment(cache: dict[str, Any], plugin: str, kernel: Kernel) -> Attachmen
 def _link(names: tuple[str, ...], result: dict[str, Any], kernel: Kernel) -> str:
     """The host's end of a container's link, of those that its result names. Raises Skipped where it has gone."""
     link = kernel.link(names) if names else ""
-    if len(names) > 1 and not link and not kernel.has_interface(names[-1]):  # a bridge comes first
+    if names and not link and not kernel.has_interface(names[-1]):  # a bridge comes first
         raise Skipped(f"its interface {names[-1]} on this host is gone")
     name = link.rpartition("#")[0]
     for interface in result.get("interfaces", ()):

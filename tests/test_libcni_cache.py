@@ -32,6 +32,7 @@ def write(folder, name="results", raw=None, **changes):
 def full_sight(monkeypatch):
     """Who runs these tests may not see all processes; then nobody could be told to be gone."""
     monkeypatch.setattr(alive, "Sight", lambda: types.SimpleNamespace(held=set(), mounted=set(), obstacle=""))
+    monkeypatch.setattr(Kernel, "has_interface", lambda self, name: name in ("cni0", "lo"))
 
 
 def read(folder):
@@ -117,3 +118,26 @@ def test_who_cannot_be_judged_is_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(alive, "Sight", lambda: types.SimpleNamespace(held=set(), mounted=set(), obstacle="hidepid"))
     write(tmp_path, netns="/run/netns/gone")
     assert isinstance(read(tmp_path)[0], Attachment)
+
+
+def linked(folder, name, link, container_id, mac="", ports=(PORT,)):
+    """A file whose result names a link; its namespace's path is not seen from here."""
+    result = {**PREV_RESULT, "interfaces": [{"name": "cni0"}, {"name": link, "mac": mac},
+                                            {"name": "eth0", "sandbox": "/none"}]}
+    result["ips"] = [{**entry, "interface": 2} for entry in PREV_RESULT["ips"]]
+    return write(folder, name, containerId=container_id, netns="/none", result=result,
+                 capabilityArgs={"portMappings": [*ports]})
+
+
+@pytest.mark.parametrize("link, mac, others, reason", [
+    ("lo", "", (), ""), ("lo", "00:00:00:00:00:00", (), ""),
+    ("lo", "02:00:00:00:00:01", (), "another one has its name"), ("gone0", "", (), "gone0 on this host is gone"),
+    ("lo", "", (PORT,), "network namespace /none is gone"), ("lo", "", ("none",), "network namespace /none is gone")])
+def test_a_link_is_proof_where_it_is_this_containers(monkeypatch, tmp_path, link, mac, others, reason):
+    """Not one that has gone, has another address, or is said to be another container's, even if that has no ports."""
+    monkeypatch.setattr(Kernel, "link", lambda self, names: "lo#1" if "lo" in names else "")
+    linked(tmp_path, "a", link, "web-1", mac)
+    if others:
+        linked(tmp_path, "b", link, "other", mac, () if others == ("none",) else others)
+    found = read(tmp_path)[0]
+    assert isinstance(found, Attachment) if not reason else reason in str(found)

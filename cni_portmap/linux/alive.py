@@ -122,10 +122,7 @@ class Sight:
                 self.held.add(posix.readlink(f"{process}/task/{thread}/ns/net"))
             except FileNotFoundError:
                 continue
-        try:
-            network = posix.readlink(f"{process}/ns/net")
-        except FileNotFoundError:
-            return
+        network = posix.readlink(f"{process}/ns/net")
         self._examples[network] = process
         mounts = posix.readlink(f"{process}/ns/mnt")
         if not self._mounts.get(mounts):
