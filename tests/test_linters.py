@@ -1,4 +1,5 @@
-"""Linters are tests. Their exceptions are in ruff.toml and mypy.ini, each with its reason; a missing tool is a skip."""
+"""Linters as tests. Their settings are in pyproject.toml, each exception with its reason. In CI none may be missing."""
+import os
 import shutil
 import subprocess
 
@@ -15,13 +16,25 @@ BASH = sorted((ROOT / "conf").glob("*.bash"))
     ("mypy", ["--cache-dir=/dev/null", "--python-executable=/usr/bin/python3"]),
     ("shellcheck", ["-x", *SHELL]), ("shellcheck", ["--shell=bash", *BASH])], ids=["ruff", "mypy", "sh", "bash"])
 def test_linter(tool, arguments):
-    """Nothing to complain about."""
+    """No findings."""
     if not shutil.which(tool):
-        pytest.skip(f"{tool} is not installed: scripts/test installs it where it has a network")
+        missing = f"{tool} is not installed: scripts/test installs it where it has a network"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
     done = subprocess.run([tool, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_shell_scripts_are_found():
-    """The list that shellcheck gets is not empty for a reason of ours."""
+    """The shellcheck file list is not empty by mistake."""
     assert {"install", "test", "run", "packages", "steps"} <= {path.name for path in SHELL} and BASH
+
+
+@pytest.mark.parametrize("ci, outcome", [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_missing_linter(monkeypatch, tmp_path, ci, outcome):
+    """A linter that is not installed is a failure in CI, where a skip would go unnoticed, and a skip elsewhere."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="ruff is not installed"):
+        test_linter("ruff", [])
