@@ -1,7 +1,12 @@
 """cni-portmap: publish container ports on Linux with nftables, as a CNI plugin.
 
-A drop-in replacement for the reference `portmap` plugin. Reading order: `cni` (the protocol), `config` (what
-was asked), `ruleset` (what is written), `netlink` and `kernel` (how it gets there), `portmap` (the verbs).
+A drop-in replacement for the reference `portmap` plugin. Which room for which change:
+
+- what a runtime may send: `cni` (the protocol), `config` (the keys), `attachment` (what they become)
+- what a call does, in which order: `verbs/`
+- which rule is written: `ruleset`; how it gets there, and every other system call: `linux/`
+- what a person types: `cli/`; what libcni remembers: `libcni_cache`; what is said of bad input: `explain`
+- what starts: `plugin` (the CNI plugin), `cli.main` (the command)
 """
 __version__ = "0.1.1"
 

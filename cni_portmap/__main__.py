@@ -1,6 +1,6 @@
 """python3 -m cni_portmap: the operator's command."""
 import sys
 
-from .cli import main
+from .cli.main import main
 
 sys.exit(main())

@@ -49,6 +49,18 @@ class CniError(Exception):
         self.code, self.msg, self.details = code, msg, details
 
 
+class ConfigError(CniError):
+    """The configuration is not valid at `path`, such as `runtimeConfig.portMappings[0].hostPort`.
+
+    `reason`: what to write instead; "" where the schema's description of the path says it best, see `explain`.
+    """
+
+    def __init__(self, path: str, reason: str = "") -> None:
+        super().__init__(INVALID_CONFIG, f"{path} is not valid",
+                         f"expected {reason or 'what portmap.schema.json says there'}")
+        self.path, self.reason = path, reason
+
+
 class Request:
     """One call of the plugin.
 
@@ -244,6 +256,9 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
         return 0, handlers[verb](request) or ""
     except CniError as error:
         return 1, _error_document(error)
+    except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
+        return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
+                                           "the runtime's limits, or the file system, do not let the plugin work"))
     except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback
         frame = error.__traceback__
         while frame and frame.tb_next:

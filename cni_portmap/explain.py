@@ -6,22 +6,25 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from . import config as parser
 from . import see_packages
-from .config import Refused
+from .attachment import parse_cidr, parse_ip
+from .cni import INVALID_CONFIG, CniError, ConfigError
+from .conditions import parse_conditions
+from .config import parse_mappings
 
 SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
 
 
-def explain(config: dict[str, object], refused: Refused) -> tuple[str, str]:
-    """The message and the details of an error document for `config`, which the parser refused."""
-    if refused.reason:
-        return f"{refused.path}: {_shorten(_value_at(config, refused.path))} is not valid", f"expected {refused.reason}"
+def explain(config: dict[str, object], error: ConfigError) -> CniError:
+    """The error for a runtime that sent `config`: with the value, and what the schema expects in its place."""
+    if error.reason:
+        return CniError(INVALID_CONFIG, f"{error.path}: {_shorten(_value_at(config, error.path))} is not valid",
+                        f"expected {error.reason}")
     try:
         path, value, expected = next(violations(config))
     except (ImportError, StopIteration):  # jsonschema is missing, or finds nothing: the parser's word stands
-        return f"{refused.path} is not valid", "expected what portmap.schema.json says there"
-    return f"{path}: {_shorten(value)} is not valid", f"expected {expected}"
+        return error
+    return CniError(INVALID_CONFIG, f"{path}: {_shorten(value)} is not valid", f"expected {expected}")
 
 
 def violations(config: object) -> "Iterator[tuple[str, object, str]]":
@@ -30,14 +33,14 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
     import jsonschema
     checker = jsonschema.FormatChecker(formats=())
     checks = {
-        "hostIP": lambda value: type(value) is not str or value == "" or parser.parse_ip(value, ""),
-        "cidr": lambda value: type(value) is not str or parser.parse_cidr(value, ""),
-        "conditionsV4": lambda value: parser.parse_conditions({"conditionsV4": value}, "conditionsV4"),
-        "conditionsV6": lambda value: parser.parse_conditions({"conditionsV6": value}, "conditionsV6"),
-        "portMappings": lambda value: parser.parse_mappings(value, ""),
+        "hostIP": lambda value: type(value) is not str or value == "" or parse_ip(value, ""),
+        "cidr": lambda value: type(value) is not str or parse_cidr(value, ""),
+        "conditionsV4": lambda value: parse_conditions(value, "conditionsV4") if type(value) is list else "",
+        "conditionsV6": lambda value: parse_conditions(value, "conditionsV6") if type(value) is list else "",
+        "portMappings": lambda value: parse_mappings(value, ""),
     }
     for name, check in checks.items():
-        checker.checks(name, raises=Refused)(lambda value, check=check: check(value) is not None)
+        checker.checks(name, raises=ConfigError)(lambda value, check=check: check(value) is not None)
     root = json.loads(SCHEMA.read_text())
     validator = jsonschema.Draft7Validator(root, format_checker=checker)
     errors = [leaf for error in validator.iter_errors(config) for leaf in (error.context or [error])]

@@ -8,60 +8,41 @@ One table holds everything, and no state is kept anywhere else:
   ignores the value when it deletes a map element, so DEL asks it first which elements are the chain's.
 - Elements are created, never added: the kernel itself refuses a second owner of a key.
 - Conditions and masquerading are in the attachment's own chain, so that no container's setting is another's.
-- What is shared is BASE. Its rules carry comments, by which `kernel` and the reader recognise them.
+- What is shared is SHARED. Its rules carry comments, by which `verbs` and the reader recognise them.
 
-It does not flush anything that a container owns, touch another table, or read rules back: see `kernel`.
+It does not flush anything that a container owns, touch another table, or read rules back: see `linux.table`.
 Source: nft(8).
 """
-from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from _socket import inet_ntop, inet_pton
 
+from .attachment import AF, DEFAULT_MARK_BIT, Attachment, Port
 from .cni import is_ifname
-from .config import Attachment, Port
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
-    from .netlink import DnatRule
+    Element = tuple[str, bytes]  # of a map: the map's name, and the key as the kernel has it
+    Rule = tuple[str, str]  # its text, and what its comment says
 
 TABLE_NAME = "cni_portmap"
 TABLE = f"inet {TABLE_NAME}"
-SIGN = "cni-portmap "  # begins the comment of each base rule, with
-VERSION = 2  # of the base, which goes up whenever BASE changes
+COMMENT_PREFIX = "cni-portmap "  # begins the comment of each rule of SHARED, with
+BASE_VERSION = 2  # which goes up whenever SHARED changes
 COMMENT_MAX = 128  # bytes, NFTNL_UDATA_COMMENT_MAXLEN
 NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
 
+HOSTPORTS = "hostports"  # the map of ports that are published on every address
+HOSTIP_HOSTPORTS = {4: "hostip4_hostports", 6: "hostip6_hostports"}  # by family: those of one address
 MAPS = {
-    "hostports": "nf_proto . inet_proto . inet_service",
-    "hostip4_hostports": "ipv4_addr . inet_proto . inet_service",
-    "hostip6_hostports": "ipv6_addr . inet_proto . inet_service",
+    HOSTPORTS: "nf_proto . inet_proto . inet_service",
+    HOSTIP_HOSTPORTS[4]: "ipv4_addr . inet_proto . inet_service",
+    HOSTIP_HOSTPORTS[6]: "ipv6_addr . inet_proto . inet_service",
 }
+PROTOCOL_AND_PORT = slice(-8, None)  # of a key
 
 # The interfaces on which this plugin has set route_localnet from 0 to 1, so that it can set them back.
 OPENED = "localhost_interfaces"
-
-# chain: (its hook, its rules with what their comments say). `dispatch` first: others lead to it.
-BASE: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "dispatch": ("", (
-        ("ip daddr . meta l4proto . th dport vmap @hostip4_hostports", "published on one IPv4 address"),
-        ("ip6 daddr . meta l4proto . th dport vmap @hostip6_hostports", "published on one IPv6 address"),
-        ("meta nfproto . meta l4proto . th dport vmap @hostports", "published on every address"),
-    )),
-    "guard": ("type filter hook prerouting priority raw; policy accept;", (
-        ("iiftype != loopback ip daddr 127.0.0.0/8 counter drop", "no wire leads to our loopback (CVE-2020-8558)"),
-        ("iiftype != loopback ip saddr 127.0.0.0/8 counter drop", "nor comes from it"),
-        # The kernel's own check of ::1 comes after prerouting where br_netfilter runs that hook on the bridge.
-        ("iiftype != loopback ip6 daddr ::1 counter drop", "the same for IPv6, which br_netfilter opens"),
-        ("iiftype != loopback ip6 saddr ::1 counter drop", "nor comes from it"),
-    )),
-    "prerouting": ("type nat hook prerouting priority dstnat; policy accept;", (
-        ("fib daddr type local goto dispatch", "from the network and from containers"),
-    )),
-    "output": ("type nat hook output priority -100; policy accept;", (
-        ("fib daddr type local goto dispatch", "from this host"),
-    )),
-    "postrouting": ("type nat hook postrouting priority srcnat; policy accept;", ()),  # see `masquerade`
-}
 
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBERS.items()}
@@ -69,13 +50,57 @@ _NFPROTO = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 _IP = {4: "ip", 6: "ip6"}
 
 
-def masquerade(bit: int) -> tuple[str, str]:
-    """The rule of `postrouting`, and its comment, that masquerades what a chain marked with `bit`.
+class Shared:
+    """A chain that all attachments share: its `hook` ("" for none), its `rules`, and those that `varies` adds.
 
-    `ct status dnat` keeps a mark that something else has set from having any effect here.
+    `varies(attachments, comments)`: the rules that these attachments need, and those that others have needed before,
+    by the comments of the chain as it is.
     """
+
+    __slots__ = ("hook", "rules", "varies")
+
+    def __init__(self, hook: str, *rules: "Rule",
+                 varies: "Callable[[Iterable[Attachment], Iterable[str]], list[Rule]] | None" = None) -> None:
+        self.hook, self.rules, self.varies = hook, rules, varies
+
+
+def _masquerade(bit: int) -> "Rule":
+    # `ct status dnat` keeps a mark that something else has set from having any effect here.
     mark = f"{1 << bit:#x}"
     return f"meta mark & {mark} == {mark} ct status dnat masquerade fully-random", f"markMasqBit {bit}"
+
+
+def _masquerades(attachments: "Iterable[Attachment]", comments: "Iterable[str]") -> "list[Rule]":
+    """What each mark bit that is in use needs, see `_marks`; that of the default always."""
+    bits = {DEFAULT_MARK_BIT, *(each.mark_bit for each in attachments if each.mark_bit is not None)}
+    prefix = _masquerade(0)[1][:-1]
+    noted = (comment.rpartition(prefix)[2] for comment in comments if prefix in comment)
+    bits.update(int(bit) for bit in noted if bit in _BITS)
+    return [_masquerade(bit) for bit in sorted(bits)]
+
+
+_BITS = frozenset(map(str, range(32)))
+
+# By name. `dispatch` first: others lead to it.
+SHARED = {
+    "dispatch": Shared(
+        "",
+        ("ip daddr . meta l4proto . th dport vmap @hostip4_hostports", "published on one IPv4 address"),
+        ("ip6 daddr . meta l4proto . th dport vmap @hostip6_hostports", "published on one IPv6 address"),
+        ("meta nfproto . meta l4proto . th dport vmap @hostports", "published on every address")),
+    "guard": Shared(
+        "type filter hook prerouting priority raw; policy accept;",
+        ("iiftype != loopback ip daddr 127.0.0.0/8 counter drop", "no wire leads to our loopback (CVE-2020-8558)"),
+        ("iiftype != loopback ip saddr 127.0.0.0/8 counter drop", "nor comes from it"),
+        # The kernel's own check of ::1 comes after prerouting where br_netfilter runs that hook on the bridge.
+        ("iiftype != loopback ip6 daddr ::1 counter drop", "the same for IPv6, which br_netfilter opens"),
+        ("iiftype != loopback ip6 saddr ::1 counter drop", "nor comes from it")),
+    "prerouting": Shared("type nat hook prerouting priority dstnat; policy accept;",
+                         ("fib daddr type local goto dispatch", "from the network and from containers")),
+    "output": Shared("type nat hook output priority -100; policy accept;",
+                     ("fib daddr type local goto dispatch", "from this host")),
+    "postrouting": Shared("type nat hook postrouting priority srcnat; policy accept;", varies=_masquerades),
+}
 
 
 # --- names ----------------------------------------------------------------------------------------------------
@@ -87,6 +112,11 @@ def chain_of(container_id: str, ifname: str) -> str:
         return name
     from hashlib import sha256  # 4 ms, for names that hardly anybody has
     return f"c/{container_id[:64]}/hash/{sha256(name.encode()).hexdigest()[:32]}"
+
+
+def is_attachment_chain(name: str) -> bool:
+    """Whether a chain of our table is an attachment's."""
+    return name.startswith("c/")
 
 
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/:@+,~")
@@ -157,55 +187,54 @@ def record_of(attachment: Attachment) -> list[str]:
 
 def map_of(port: Port) -> str:
     """The verdict map that holds `port`."""
-    return f"hostip{port.family}_hostports" if port.host_ip else "hostports"
+    return HOSTIP_HOSTPORTS[port.family] if port.host_ip else HOSTPORTS
 
 
 def key_of(port: Port) -> bytes:
     """The key of `port` in its map, as the kernel has it: each field padded to 32 bits, in network order."""
-    if port.host_ip:
-        first = inet_pton(AF_INET if port.family == 4 else AF_INET6, port.host_ip)
-    else:
-        first = bytes((_NFPROTO[port.family], 0, 0, 0))
+    first = inet_pton(AF[port.family], port.host_ip) if port.host_ip else bytes((_NFPROTO[port.family], 0, 0, 0))
     return first + bytes((PROTOCOL_NUMBERS[port.protocol], 0, 0, 0)) + port.host_port.to_bytes(2, "big") + b"\0\0"
 
 
-def elements_for(attachment: Attachment) -> dict[tuple[str, bytes], Port]:
-    """The elements (map, key) that publish the ports of `attachment`, each with its port."""
+def elements_of(attachment: Attachment) -> "dict[Element, Port]":
+    """The elements that publish the ports of `attachment`, each with its port."""
     return {(map_of(port), key_of(port)): port for port in attachment.ports}
 
 
-def element_of(map_name: str, key: bytes) -> str:
+def element_text(map_name: str, key: bytes) -> str:
     """nft's text for a key, such as "ipv4 . tcp . 8080"."""
     first = key[:-8]
-    if map_name == "hostports":
+    if map_name == HOSTPORTS:
         address = {2: "ipv4", 10: "ipv6"}.get(first[0], str(first[0]))
     else:
-        address = inet_ntop(AF_INET if len(first) == 4 else AF_INET6, first)
+        address = inet_ntop(AF[4 if len(first) == 4 else 6], first)
     return f"{address} . {PROTOCOLS.get(key[-8], key[-8])} . {int.from_bytes(key[-4:-2], 'big')}"
 
 
-def wildcard_of(port: Port) -> tuple[str, bytes]:
-    """The element (map, key) that would publish a specific address' port on every address."""
-    return "hostports", bytes((_NFPROTO[port.family], 0, 0, 0)) + key_of(port)[-8:]
+def wildcard_of(port: Port) -> "Element":
+    """The element that would publish a specific address' port on every address."""
+    return HOSTPORTS, bytes((_NFPROTO[port.family], 0, 0, 0)) + key_of(port)[PROTOCOL_AND_PORT]
 
 
-def claim_of(element: "tuple[str, bytes]") -> tuple[int, int, bytes, int]:
+_FAMILIES = {name: family for family, name in HOSTIP_HOSTPORTS.items()}
+
+
+def claim_of(element: "Element") -> tuple[int, int, bytes, int]:
     """What an element publishes: family, protocol number, host address (packed, b"" for all), host port."""
     name, key = element
-    family = int(name[6]) if name != "hostports" else 4 if key[0] == _NFPROTO[4] else 6
-    return family, key[-8], b"" if name == "hostports" else key[:-8], int.from_bytes(key[-4:-2], "big")
+    family, host = (4 if key[0] == _NFPROTO[4] else 6, b"") if name == HOSTPORTS else (_FAMILIES[name], key[:-8])
+    return family, key[-8], host, int.from_bytes(key[-4:-2], "big")
 
 
-def elements_of(rule: "DnatRule") -> "Iterator[tuple[str, bytes]]":
-    """The elements (map, key) that are to lead to a rule: of the address that it asks for, or of every address.
+def elements_for(target: bytes, host: bytes, protocol: int, ports: "Iterable[int]") -> "Iterator[Element]":
+    """The elements that are to lead to a dnat rule: to an address `target`, for `host` (both packed; b"" for every).
 
     A condition may ask for an address, too: such a rule of every address is taken for one of that address.
     """
-    family = 4 if len(rule.target) == 4 else 6
-    name, host = (f"hostip{family}_hostports", rule.daddr) if rule.daddr else \
-        ("hostports", bytes((_NFPROTO[family], 0, 0, 0)))
-    for port in rule.ports:
-        yield name, host + bytes((rule.protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+    family = 4 if len(target) == 4 else 6
+    name, first = (HOSTIP_HOSTPORTS[family], host) if host else (HOSTPORTS, bytes((_NFPROTO[family], 0, 0, 0)))
+    for port in ports:
+        yield name, first + bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
 
 
 # A container may publish one port on several networks (podman does). Its element leads to one of its chains, where a
@@ -214,29 +243,23 @@ def elements_of(rule: "DnatRule") -> "Iterator[tuple[str, bytes]]":
 _STANDBY = "also on "
 
 
-def stand_by(chain: str, ifname: str) -> str:
+def standby_note(chain: str, ifname: str) -> str:
     """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too."""
     return "\n".join(_chain(chain, [f'continue comment "{_STANDBY}{ifname}"'])) + "\n"
 
 
-def standing_by(comments: "Iterable[str]") -> list[str]:
-    """The interfaces that the rules of a chain, by their comments, note with `stand_by`."""
+def standby_interfaces(comments: "Iterable[str]") -> list[str]:
+    """The interfaces that the rules of a chain, by their comments, note with `standby_note`."""
     return [comment[len(_STANDBY):] for comment in comments if comment.startswith(_STANDBY)]
 
 
 # --- commands -------------------------------------------------------------------------------------------------
 
-def base_rules(chain: str, bits: "Iterable[int]") -> list[tuple[str, str]]:
-    """The rules of a chain of BASE, each with its comment. `bits`: the mark bits to masquerade."""
-    rules = BASE[chain][1] if chain != "postrouting" else map(masquerade, sorted(bits))
-    return [(rule, f"{SIGN}{VERSION}: {comment}") for rule, comment in rules]
-
-
-def bits_of(comments: "Iterable[str]") -> set[int]:
-    """The mark bits that a `postrouting` chain with these comments masquerades."""
-    prefix = masquerade(0)[1][:-1]
-    return {int(comment.rpartition(prefix)[2]) for comment in comments
-            if prefix in comment and comment.rpartition(prefix)[2].isdigit()}
+def shared_rules(name: str, attachments: "Iterable[Attachment]", comments: "Iterable[str]" = ()) -> "list[Rule]":
+    """The rules of a chain of SHARED, as these attachments need it; `comments`: of the rules that it has."""
+    shared = SHARED[name]
+    rules = (*shared.rules, *(shared.varies(attachments, comments) if shared.varies else ()))
+    return [(rule, f"{COMMENT_PREFIX}{BASE_VERSION}: {comment}") for rule, comment in rules]
 
 
 # Rules are written with their chain, and elements with their map, as nft lists them: for "add rule" and
@@ -268,30 +291,30 @@ def forget_opened(interfaces: "Iterable[str]") -> str:
     return f"delete element {TABLE} {OPENED} {{ {names} }}\n" if names else ""
 
 
-def base(missing: "Iterable[str]", wrong: "Iterable[str]", bits: "Iterable[int]") -> str:
-    """Commands that make the table, its `missing` chains (names of BASE), and the `wrong` ones anew.
+def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = ()) -> str:
+    """Commands that make the table and some of its SHARED chains, each with its rules; `replaced`: those that exist.
 
     A hooked chain is replaced, because another version may have hooked it elsewhere; what leads to `dispatch`
-    forbids that there. `bits`: the mark bits that `postrouting` has to masquerade.
+    forbids that there.
     """
     lines = [f"add table {TABLE}", *(_map(name) for name in MAPS), _set()]
-    for chain in (name for name in BASE if name in missing or name in wrong):
-        hook = BASE[chain][0]
-        if chain in wrong:
-            lines.append(f"{'delete' if hook else 'flush'} chain {TABLE} {chain}")
-        rules = (f'{rule} comment "{comment}"' for rule, comment in base_rules(chain, bits))
-        lines += _chain(chain, [hook, *rules] if hook else rules)
+    for name in (name for name in SHARED if name in chains):
+        hook = SHARED[name].hook
+        if name in replaced:
+            lines.append(f"{'delete' if hook else 'flush'} chain {TABLE} {name}")
+        rules = (f'{rule} comment "{comment}"' for rule, comment in chains[name])
+        lines += _chain(name, [hook, *rules] if hook else rules)
     return "\n".join(lines) + "\n"
 
 
-def attach(attachment: Attachment, elsewhere: "Container[tuple[str, bytes]]" = (), rules: str = "") -> str:
+def attach(attachment: Attachment, elsewhere: "Container[Element]" = (), rules: str = "") -> str:
     """Commands that publish the ports of `attachment`: its chain, and the elements that lead there.
 
-    `elsewhere`: the elements (map, key) that lead to the container through another of its interfaces, and stay.
+    `elsewhere`: the elements that lead to the container through another of its interfaces, and stay.
     `rules`: what `rules_text` has said before.
     """
-    own = [element for element in elements_for(attachment) if element not in elsewhere]
-    return (rules or rules_text(attachment)) + lead(own, chain_of(attachment.container_id, attachment.ifname))
+    own = [element for element in elements_of(attachment) if element not in elsewhere]
+    return (rules or rules_text(attachment)) + map_elements(own, chain_of(attachment.container_id, attachment.ifname))
 
 
 def rules_text(attachment: Attachment) -> str:
@@ -300,21 +323,21 @@ def rules_text(attachment: Attachment) -> str:
     return "\n".join((f"create chain {TABLE} {chain}", *_chain(chain, rules_of(attachment)))) + "\n"
 
 
-def lead(elements: "Sequence[tuple[str, bytes]]", chain: str) -> str:
-    """Commands that make elements (map, key) lead to a chain; the kernel refuses those that lead to another."""
+def map_elements(elements: "Sequence[Element]", chain: str) -> str:
+    """Commands that make elements lead to a chain; the kernel refuses those that lead to another."""
     text = ""
     for name in MAPS:
-        keys = ", ".join(f"{element_of(name, key)} : goto {chain}" for its_map, key in elements if its_map == name)
+        keys = ", ".join(f"{element_text(name, key)} : goto {chain}" for its_map, key in elements if its_map == name)
         if keys:
             text += _map(name, f"elements = {{ {keys} }}; ") + "\n"
     return text
 
 
-def detach(chains: "Iterable[str]", elements: "Iterable[tuple[str, bytes]]") -> str:
-    """Commands that remove the chains of attachments, and the `elements` (map, key) that lead there."""
+def detach(chains: "Iterable[str]", elements: "Iterable[Element]") -> str:
+    """Commands that remove the chains of attachments, and the `elements` that lead there."""
     by_map: dict[str, list[str]] = {}
     for name, key in elements:
-        by_map.setdefault(name, []).append(element_of(name, key))
+        by_map.setdefault(name, []).append(element_text(name, key))
     lines = [f"delete element {TABLE} {name} {{ {', '.join(keys)} }}" for name, keys in by_map.items()]
     lines += (f"delete chain {TABLE} {chain}" for chain in chains)
     return "\n".join(lines) + "\n"

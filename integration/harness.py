@@ -18,7 +18,9 @@ import pytest
 
 sys.path[:0] = [str(lab.ROOT), "/usr/lib/python3/dist-packages"]
 import nftables  # noqa: E402
-from cni_portmap import cni, kernel, netlink, plugin, portmap, ruleset  # noqa: E402  # so that forks have them
+from cni_portmap import cni, plugin, ruleset  # noqa: E402
+from cni_portmap.linux import alive, conntrack, expressions, kernel, libnftables, netlink  # noqa: E402, F401
+from cni_portmap.verbs import add, check, delete, flows, gc, status as _status  # noqa: E402, F401  # so that forks have them
 
 LOCK = pathlib.Path(kernel.LOCK)
 TABLE = ruleset.TABLE
@@ -157,13 +159,14 @@ class Fork:
         if not self.pid:
             try:
                 os.dup2(self._stderr.fileno(), 2)
-                portmap.STRANGER_SECONDS, portmap.PREDECESSOR_SECONDS = 0.2, 1  # thousands of calls are refused
+                add.STRANGER_SECONDS, add.PREDECESSOR_SECONDS = 0.2, 1  # thousands of calls are refused
                 prepare()
                 if self.traced:
                     _libc.ptrace(PTRACE_TRACEME, 0, None, None)
                     os.kill(os.getpid(), signal.SIGSTOP)
                 os.write(write, json.dumps(task()).encode())
-                kernel.leave()
+                for each in plugin._in_use:
+                    each.leave()
             except BaseException as error:  # noqa: BLE001  # told to the parent
                 os.write(write, json.dumps([1, json.dumps({"code": cni.INTERNAL, "msg": repr(error)})]).encode())
             finally:

@@ -15,7 +15,8 @@ import lab
 import pytest
 from harness import LOCK, TABLE, Call, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
 
-from cni_portmap import restore
+from cni_portmap import libcni_cache
+from cni_portmap.verbs.restore import prune, restore
 
 WHOLE_ID = "5f0c1b" + "a" * 58
 
@@ -270,7 +271,7 @@ def test_gc_spares_who_comes_back(host, make):
     host.add(*pods)
     for pod in pods:
         end(pod)
-    found = restore.prune(Late(lambda: host.add(
+    found = prune(Late(lambda: host.add(
         wired("web", "8080:80", number=4) if make is wired else bare("web", "8080:80"))))
     assert {owner.container_id: state for owner, (state, _) in found} == {"web": "dead", "dead": "dead"}
     assert harness.chains() == [pods[0].chain] and owners(host) == {"web": "alive"}
@@ -290,9 +291,9 @@ def test_restore_looks_again(host, make, meanwhile, tmp_path):
         "config": base64.b64encode(json.dumps(conflist).encode()).decode(), "cniArgs": [["K8S_POD_NAME", "web"]],
         "capabilityArgs": {"portMappings": pod.ports}, "result": json.loads(pod.stdin("ADD"))["prevResult"]}))
     harness.nft(f"delete table {TABLE}")
-    memory = restore.Memory([tmp_path])
+    memory = libcni_cache.Memory([tmp_path])
     act = {"nothing": lambda: None, "DEL": file.unlink, "the container ends": lambda: end(pod)}[meanwhile]
-    lost, refused = restore.restore([found for _, found in memory.found], Late(act), False, memory.is_current)
+    lost, refused = restore([found for _, found in memory.found], Late(act), False, memory.is_current)
     spared = meanwhile == "nothing" or (make is bare and meanwhile != "DEL")
     assert (len(lost), refused, harness.chains()) == (spared, [], [pod.chain] * spared)
 
@@ -393,7 +394,7 @@ def test_hand_over(host, leaves):
     host.add(last)
     call = Call(host.executable, "ADD", following)
     host.add(Pod("third", "7070:70"))  # another ADD goes on
-    assert lock_is_free() and call.process.poll() is None
+    assert until(lock_is_free) and call.process.poll() is None  # it may be about to take its first look
     if leaves == "DEL":
         host.delete(last)
     else:

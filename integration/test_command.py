@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
-from cni_portmap.config import Address, Attachment, Port
+from cni_portmap.attachment import Address, Attachment, Port
 
 PORTS = [{"hostPort": 8080, "containerPort": 80}, {"hostPort": 8081, "containerPort": 80, "hostIP": "127.0.0.1"},
          {"hostPort": 5353, "containerPort": 53, "protocol": "udp"},
@@ -153,11 +153,12 @@ def test_teardown(bin_dir, network, web):
 
 def test_ten_thousand_ports(bin_dir, network, tmp_path):
     """Ten thousand containers with a port each are listed by as many questions to the kernel as a thousand are."""
-    lab.run("nft", "-f", "-", input=ruleset.base(ruleset.BASE, (), [13]))
+    lab.run("nft", "-f", "-", input=ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED}))
     asked = {}
     for first in range(1, 10_001, 1000):
-        attachments = (Attachment(f"{port:064x}", "eth0", "many", "/run/netns/none", 1,
-                                  {4: Address(4, "10.88.0.2", "10.88.0.0/16")}, (Port(4, "tcp", "", port, 80),), 13)
+        attachments = (Attachment(f"{port:064x}", "eth0", "many", netns="/run/netns/none", inode=1, mark_bit=13,
+                                  addresses={4: Address(4, "10.88.0.2", "10.88.0.0/16")},
+                                  ports=(Port(4, "tcp", "", port, 80),))
                        for port in range(first, first + 1000))
         lab.run("nft", "-f", "-", input="".join(map(ruleset.attach, attachments)))
         if first in (1, 9001):

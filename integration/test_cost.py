@@ -11,7 +11,8 @@ import socket
 import harness
 import lab
 import pytest
-from cni_portmap import config, ruleset
+from cni_portmap import ruleset
+from cni_portmap.attachment import Address, Attachment, Port
 from harness import Pod
 
 # nf_tables' messages in their order (enum nf_tables_msg_types): strace does not know a socket's protocol before its
@@ -69,9 +70,10 @@ def trace(host, tmp_path):
 
 def crowd(*places):
     """Publish a port each of many others, in bulk, as ADD writes it."""
-    lab.run("nft", "-f", "-", input="".join(ruleset.attach(config.Attachment(
-        f"crowd{number}", "eth0", "net", "/run/netns/crowd", 1, {4: config.Address(4, "10.20.0.3", "10.20.0.0/24")},
-        (config.Port(4, "tcp", ip, port, 80),), 13)) for number, (ip, port) in enumerate(places)))
+    lab.run("nft", "-f", "-", input="".join(ruleset.attach(Attachment(
+        f"crowd{number}", "eth0", "net", netns="/run/netns/crowd", inode=1, mark_bit=13,
+        addresses={4: Address(4, "10.20.0.3", "10.20.0.0/24")},
+        ports=(Port(4, "tcp", ip, port, 80),))) for number, (ip, port) in enumerate(places)))
 
 
 @pytest.mark.parametrize("verb, pod, transactions, asked, system_calls", [

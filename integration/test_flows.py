@@ -9,7 +9,8 @@ import pytest
 from paths import WEB
 
 sys.path[:0] = [str(lab.ROOT)]
-from cni_portmap import kernel, netlink, portmap  # noqa: E402  # as other kernels would have it, see test_older_kernels
+from cni_portmap.linux import conntrack, kernel  # noqa: E402  # as other kernels would have it, see test_older_kernels
+from cni_portmap.verbs.delete import delete  # noqa: E402
 
 PORT = 7500
 UDP = [{"hostPort": PORT, "containerPort": WEB, "protocol": "udp"}]
@@ -184,9 +185,9 @@ def test_older_kernels(site, family, before_5_8, monkeypatch):
     def body(self, family, *_):
         return bytes((lab.family_of(site.ip("client", family)), 0, 0, 0))
 
-    monkeypatch.setattr(netlink.Conntrack, "forget", lambda *_: False)
+    monkeypatch.setattr(conntrack.Conntrack, "delete", lambda *_: False)
     if before_5_8:
-        monkeypatch.setattr(netlink.Conntrack, "_body", body)
+        monkeypatch.setattr(conntrack.Conntrack, "_body", body)
     node = site.ip("LAN address", family)
     container = lab.Container(lab.Network(site.network.conflist, site.bin_dir), "web", UDP + TCP)
     try:
@@ -195,7 +196,7 @@ def test_older_kernels(site, family, before_5_8, monkeypatch):
                 lab.Client(site.client, node, PORT, "udp") as published, lab.Client(site.client, node, PORT) as tcp, \
                 lab.Client(site.client, node, PORT + 1, "udp") as own:
             assert published.ask() and tcp.ask() and own.ask()
-            portmap.delete(container.id, "eth0", kernel.Kernel())
+            delete(container.id, "eth0", kernel.Kernel())
         assert not lab.flows("udp", PORT, family) and not lab.flows("tcp", PORT, family)
         assert [flow.source_port for flow in lab.flows("udp", PORT + 1, family)] == [own.port]
     finally:

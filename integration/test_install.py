@@ -594,7 +594,7 @@ def test_pip_package(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
                            "--target", target, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    out = subprocess.run([sys.executable, "-c", "from cni_portmap.cli import main; main(['version', '--json'])"],
+    out = subprocess.run([sys.executable, "-c", "from cni_portmap.cli.main import main; main(['version', '--json'])"],
                          cwd=target, capture_output=True, text=True, check=True).stdout
     assert "1.1.0" in json.loads(out)["cniVersions"]
     assert (target / "cni_portmap/portmap.schema.json").exists()

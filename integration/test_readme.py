@@ -10,7 +10,7 @@ import paths
 
 sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
-from cni_portmap.config import Address, Attachment, Port
+from cni_portmap.attachment import Address, Attachment, Port
 
 DOCS = lab.ROOT / "docs"
 SHOWN = "table inet" + (DOCS / "ruleset.md").read_text().partition("    table inet")[2].partition("\n\n## ")[0]
@@ -21,16 +21,17 @@ def example() -> Attachment:
     ports = [Port(4, "tcp", "127.0.0.1", 8081, 80)]
     for family in 4, 6:
         ports += [Port(family, "tcp", "", 8080, 80), *(Port(family, "udp", "", p, p) for p in range(9000, 9004))]
-    return Attachment("6f1c0a2b9d3e", "eth0", "web", "/run/netns/cni-1b9d6bcd", 4026532177,
-                      {4: Address(4, "10.88.0.2", "10.88.0.0/16"), 6: Address(6, "fd88::2", "fd88::/64")},
-                      tuple(ports), 13, pod="shop/web-7d9f", link="veth5c1e09d2#12")
+    return Attachment("6f1c0a2b9d3e", "eth0", "web", netns="/run/netns/cni-1b9d6bcd", inode=4026532177, mark_bit=13,
+                      addresses={4: Address(4, "10.88.0.2", "10.88.0.0/16"), 6: Address(6, "fd88::2", "fd88::/64")},
+                      ports=tuple(ports), pod="shop/web-7d9f", link="veth5c1e09d2#12")
 
 
 def test_ruleset():
     """The ruleset in docs/ruleset.md is the one that ADD writes."""
     listings = []
-    for index, script in enumerate((SHOWN, ruleset.base(ruleset.BASE, (), [13]) + ruleset.attach(example()) +
-                                    ruleset.note_opened(["cni0"]))):
+    shared = ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED})
+    written = shared + ruleset.attach(example()) + ruleset.note_opened(["cni0"])
+    for index, script in enumerate((SHOWN, written)):
         with lab.Namespace(f"readme{index}"):
             lab.run("nft", "-f", "-", input=script)
             listings.append(lab.table())

@@ -12,8 +12,9 @@ from typing import Any
 import harness
 import lab
 import pytest
-from cni_portmap import restore
-from cni_portmap.config import Attachment
+from cni_portmap.libcni_cache import Memory
+from cni_portmap.attachment import Attachment
+from cni_portmap.verbs.restore import restore
 from harness import TABLE, Call, Fork, Host, Pod, host_fixture  # noqa: F401  # pytest finds fixtures by name
 from test_faults import BOTH, DAMAGES, OTHER
 
@@ -289,7 +290,7 @@ def test_files_that_vanish(cache):
     thread.start()
     try:
         for _ in range(300):
-            assert not [found for _, found in restore.Memory([cache.folder]).found if isinstance(found, Attachment)]
+            assert not [found for _, found in Memory([cache.folder]).found if isinstance(found, Attachment)]
     finally:
         done.set()
         thread.join()
@@ -348,8 +349,8 @@ def test_killed_at_every_instant(host, cache):
     base = harness.state()
 
     def task() -> tuple[int, str]:
-        live = [found for _, found in restore.Memory([cache.folder]).found if isinstance(found, Attachment)]
-        restore.restore(live, harness.kernel.Kernel())
+        live = [found for _, found in Memory([cache.folder]).found if isinstance(found, Attachment)]
+        restore(live, harness.kernel.Kernel())
         return 0, ""
 
     seen = []

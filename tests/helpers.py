@@ -3,12 +3,13 @@ import contextlib
 import inspect
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 from unittest import mock
 
-from cni_portmap import cni, config, plugin, ruleset
-from cni_portmap.kernel import Kernel
+from cni_portmap import cni, config, explain, plugin, ruleset
+from cni_portmap.attachment import Attachment
+from cni_portmap.linux.kernel import Kernel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIABLES = {"CNI_CONTAINERID": "web-1", "CNI_NETNS": "/run/netns/web", "CNI_IFNAME": "eth0"}
@@ -22,7 +23,7 @@ PREV_RESULT = {"cniVersion": "1.1.0",
 
 
 class RecordingKernel:
-    """Stands in for kernel.Kernel, and models nothing but that the base is there once something was written.
+    """Stands in for linux.kernel.Kernel, and models nothing but that the base is there once something was written.
 
     `calls` records each call as (method, arguments...), and ("unlock",). An answer is the value given under the
     method's name, or what it returns if it can be called; without one, that of a host with an empty ruleset. The call
@@ -30,13 +31,14 @@ class RecordingKernel:
     """
 
     EMPTY: ClassVar[dict[str, Any]] = {"has_chain": False, "comments": [], "owners": [], "lookup": {},
-                                       "loses_rules": False, "elements_of": [], "claimants": [], "targets": {},
+                                       "loses_rules": False, "owned_elements": [], "owners_of_port": [],
+                                       "targets": lambda chains: {chain: set() for chain in chains},
                                        "namespace": INODE, "namespace_soon": INODE, "link": "", "has_link": True,
                                        "owner": lambda chain: ruleset.Owner(chain, ""), "waits": False, "glance": None,
                                        "judge": lambda owners: verdicts(owners, "alive"),
                                        "handle": lambda chain: HANDLE, "handles": {}, "is_dormant": False,
-                                       "picture": [],
-                                       "references": 0, "dry_run": "", "is_bound": False, "allow_localhost6": "",
+                                       "snapshot": [],
+                                       "references": 0, "dry_run": "", "port_in_use": False, "allow_localhost6": "",
                                        "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
                                        "local_addresses": set(), "interface_to_open": "", "opened_and_gone": [],
                                        "notes_opened": True, "has_table": True}
@@ -92,9 +94,10 @@ def request(verb: str = "ADD", version: str = "1.0.0", environ: dict[str, str] =
     return cni.Request(verb, version, environ, found, "" if previous is None else json.dumps(previous))
 
 
-def attachment(*ports: dict[str, Any], environ: dict[str, str] = VARIABLES, **keys: Any) -> config.Attachment:
+def attachment(*ports: dict[str, Any], environ: dict[str, str] = VARIABLES, **keys: Any) -> Attachment:
     """What the plugin reads from a configuration with these port mappings and keys."""
-    found = config.parse(request(environ=environ, runtimeConfig={"portMappings": [*ports]}, **keys))
+    asked = request(environ=environ, runtimeConfig={"portMappings": [*ports]}, **keys)
+    found: Attachment = explained(config.parse, asked)
     found.inode = INODE
     return found
 
@@ -119,11 +122,30 @@ def configuration(*ports: dict[str, Any], **keys: Any) -> dict[str, Any]:
             "runtimeConfig": {"portMappings": [*ports]}, **keys}
 
 
-def elements(attached: config.Attachment) -> list[tuple[str, bytes]]:
+def explained(read: Callable[[cni.Request], Any], asked: cni.Request) -> Any:
+    """What `read` makes of a request; a refusal is worded as a runtime gets it."""
+    try:
+        return read(asked)
+    except cni.ConfigError as error:
+        raise explain.explain(asked.config, error) from None
+
+
+def elements(attached: Attachment) -> list[tuple[str, bytes]]:
     """The map elements (map, key) of an attachment's ports."""
     return [(ruleset.map_of(port), ruleset.key_of(port)) for port in attached.ports]
 
 
 def base_comments(bits: Iterable[int] = (13,)) -> dict[str, list[str]]:
     """The comments of each chain of an intact base table."""
-    return {chain: [comment for _, comment in ruleset.base_rules(chain, bits)] for chain in ruleset.BASE}
+    return {chain: [comment for _, comment in ruleset.shared_rules(chain, using(bits))] for chain in ruleset.SHARED}
+
+
+def using(bits: Iterable[int]) -> list[Attachment]:
+    """Attachments that use these mark bits."""
+    return [Attachment("any", "eth0", "lab", mark_bit=bit) for bit in bits]
+
+
+def base(missing: Iterable[str] = ruleset.SHARED, wrong: tuple[str, ...] = (), bits: Iterable[int] = (13,)) -> str:
+    """The commands that make the table with these shared chains, the `wrong` ones in place of what is there."""
+    users = using(bits)
+    return ruleset.base({name: ruleset.shared_rules(name, users) for name in (*missing, *wrong)}, wrong)

@@ -30,9 +30,9 @@ def full(call):
     table = dict.fromkeys([(ruleset.map_of(port), ruleset.key_of(port)) for port in config.parse(request).ports], chain)
     kernel = RecordingKernel(
         has_chain=True, lookup=lambda wanted: {each: chain for each in wanted if each in table}, references=len(table),
-        picture=["hook"], elements_of=lambda chains: [(each, chain) for each in table if chain in chains],
+        snapshot=["hook"], owned_elements=lambda chains: [(each, chain) for each in table if chain in chains],
         targets=lambda chains: {each: set() for each in chains}, owner=lambda its_chain: ruleset.Owner(its_chain, ""))
-    kernel.answers["mirror"] = lambda: RecordingKernel(picture=["hook"])
+    kernel.answers["enter_empty_namespace"] = lambda: RecordingKernel(snapshot=["hook"])
     return kernel, table
 
 

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from helpers import PORT, PREV_RESULT, VARIABLES, attachment, configuration, request, respond
+from helpers import PORT, PREV_RESULT, VARIABLES, attachment, configuration, explained, request, respond
 
 from cni_portmap import cni, config
 from cni_portmap.cni import CniError
@@ -17,7 +17,7 @@ def ports_of(attached):
 def refusal(**keys):
     """The message and details of the CniError(7) for a configuration with these keys."""
     with pytest.raises(CniError) as caught:
-        config.parse(request(**keys))
+        explained(config.parse, request(**keys))
     assert caught.value.code == 7
     return caught.value.args[0], caught.value.details
 
@@ -34,8 +34,8 @@ def refusal(**keys):
     ({"externalSetMarkChain": "KUBE-MARK-MASQ"}, "mark_bit", 13), ({"backend": "nftables"}, "network", "lab"),
     ({"backend": None}, "network", "lab"), ({"backend": "iptables"}, "network", "lab"), ({}, "localhost6", True),
     ({"localhostIPv6": None}, "localhost6", True), ({"localhostIPv6": False}, "localhost6", False),
-    ({}, "refuse_bound", False), ({"hostPortInUse": "ignore"}, "refuse_bound", False),
-    ({"hostPortInUse": None}, "refuse_bound", False), ({"hostPortInUse": "refuse"}, "refuse_bound", True),
+    ({}, "refuse_port_in_use", False), ({"hostPortInUse": "ignore"}, "refuse_port_in_use", False),
+    ({"hostPortInUse": None}, "refuse_port_in_use", False), ({"hostPortInUse": "refuse"}, "refuse_port_in_use", True),
     ({"name": "a"}, "network", "a"), ({"name": "A_b.c-1" * 20}, "network", "A_b.c-1" * 20),
     ({"runtimeConfig": None}, "ports", ()), ({"runtimeConfig": {}}, "ports", ()),
     ({"runtimeConfig": {"portMappings": None}}, "ports", ()),
@@ -45,7 +45,7 @@ def refusal(**keys):
     ({"conditionsV4": None, "conditionsV6": []}, "conditions", {4: "", 6: ""})])
 def test_accepted(keys, field, meaning):
     """Every key of the reference plugin, absent, null and given, means what it means there."""
-    assert getattr(config.parse(request(**keys)), field) == meaning
+    assert getattr(explained(config.parse, request(**keys)), field) == meaning
 
 
 BAD_KEYS = [
@@ -91,7 +91,7 @@ def test_mark_bit_and_chain():
                                         ({"externalSetMarkChain": "X\n;"}, "its own table")])
 def test_warned(keys, word, capfd):
     """What is accepted but has no effect here is one line on stderr."""
-    config.parse(request(**keys))
+    explained(config.parse, request(**keys))
     cni.tell()
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and printed.err.startswith("cni-portmap: ") and word in printed.err
@@ -190,7 +190,7 @@ def test_contradiction(second):
 # --- the container's addresses --------------------------------------------------------------------------------
 
 def addresses(**result):
-    found = config.parse(request(prevResult=result)).addresses
+    found = explained(config.parse, request(prevResult=result)).addresses
     return {family: (address.ip, address.network) for family, address in found.items()}
 
 
@@ -264,7 +264,8 @@ def test_skipped(mapping, published, line, capfd):
 
 def test_shape_only():
     """STATUS and DEL come without a result, so only the shape of their configuration counts."""
-    assert config.parse(request("STATUS", prevResult=None, runtimeConfig={"portMappings": [PORT]})).ports == ()
+    asked = request("STATUS", prevResult=None, runtimeConfig={"portMappings": [PORT]})
+    assert explained(config.parse, asked).ports == ()
 
 
 # --- conditions -----------------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ OLD, NEW = "cni.dev/attachments", "cni.dev/valid-attachments"
     ({NEW: [A], OLD: [A]}, {("a", "eth0")}), ({NEW: [], OLD: None}, set())])
 def test_valid_attachments(keys, expected):
     """Both of libcni's keys are read; an absent list is not an empty one."""
-    assert config.parse_valid_attachments(request("GC", **keys)) == ("lab", expected)
+    assert explained(config.parse_valid_attachments, request("GC", **keys)) == ("lab", expected)
 
 
 @pytest.mark.parametrize("key", [OLD, NEW])
@@ -397,5 +398,6 @@ def test_pod(args, pod):
     ([{"name": "x" * 16}, {"name": "a/b"}, {"name": "a\"b"}, {"mac": ""}], ())])
 def test_links_of_the_host(interfaces, links):
     """The interfaces of a result that are in no sandbox may be the host's end of the container's link."""
-    found = config.parse(request(prevResult={"interfaces": interfaces, "ips": [{"address": "10.88.0.2/16"}]}))
+    result = {"interfaces": interfaces, "ips": [{"address": "10.88.0.2/16"}]}
+    found = explained(config.parse, request(prevResult=result))
     assert found.links == links

@@ -68,7 +68,7 @@ def options_of(*words):
     """The options that the command's --help names, and its commands."""
     text = subprocess.run([sys.executable, "-m", "cni_portmap", *words, "--help"], cwd=ROOT, capture_output=True,
                           text=True, check=True).stdout
-    return {*re.findall(r"(?m)^  (?:-h, )?(--[\w-]+)", text)}, re.findall(r"(?m)^    ([a-z]+) ", text)
+    return {*re.findall(r"(?m)^  (?:-h, )?(--[\w-]+)", text)}, re.findall(r"(?m)^    ([a-z]+)\b", text)
 
 
 def test_man_page_of_the_command():

@@ -3,6 +3,7 @@
 Calls that need a kernel get one of their own, in private namespaces. That needs no root where the system lets users
 make namespaces; where it does not, these tests are skipped.
 """
+import ast
 import json
 import os
 import subprocess
@@ -39,13 +40,19 @@ del sys.modules["json"], sys.modules["os"]
 print(*{*sys.modules} - bare - {"cni_portmap"})
 """
 
-PROTOCOL = {"cni_portmap", "cni_portmap.plugin", "cni_portmap.cni", "cni_portmap.config", "_json", "_socket"}
-KERNEL = PROTOCOL | {"cni_portmap.portmap", "cni_portmap.ruleset", "cni_portmap.kernel", "cni_portmap.netlink",
-                     "_struct"}
+PROTOCOL = {"cni_portmap", "cni_portmap.plugin", "cni_portmap.cni", "cni_portmap.attachment", "cni_portmap.config",
+            "_json", "_socket"}
+LINUX = {"cni_portmap.linux", "cni_portmap.linux.kernel", "cni_portmap.linux.table", "cni_portmap.linux.netlink",
+         "cni_portmap.ruleset", "cni_portmap.verbs", "_struct"}
+STEPS = {"cni_portmap.verbs.steps"}
+DELETE = LINUX | STEPS | {"cni_portmap.verbs.delete"}
+ADD = LINUX | STEPS | {"cni_portmap.verbs.add", "cni_portmap.linux.libnftables"}
+FLOWS = {"cni_portmap.verbs.flows", "cni_portmap.linux.conntrack"}
+READING = {"cni_portmap.linux.expressions"}
 LOCK = {"fcntl", "_signal"}  # _signal is part of the bare interpreter, or not
 NEVER = {"json", "os", "re", "enum", "typing", "collections", "functools", "dataclasses", "ipaddress", "hashlib",
          "subprocess", "logging", "pathlib", "socket", "signal", "site", "importlib.metadata", "jsonschema", "pyroute2",
-         "cni_portmap.explain", "cni_portmap.cli", "cni_portmap.report", "cni_portmap.restore"}
+         "cni_portmap.explain", "cni_portmap.cli", "cni_portmap.libcni_cache"}
 
 
 def loaded(verb, given, *prefix, status=0, **variables):
@@ -59,7 +66,8 @@ def loaded(verb, given, *prefix, status=0, **variables):
 
 @pytest.mark.parametrize("verb, given, extra", [
     ("VERSION", {}, set()), ("ADD", configuration(), set()), ("CHECK", configuration(), set()),
-    ("GC", configuration(), set()), ("ADD", configuration(backend="iptables", conditionsV4=["-s 10.0.0.1"]), set())])
+    ("GC", configuration(), set()), ("ADD", configuration(backend="iptables"), set()),
+    ("ADD", configuration(conditionsV4=["-s 10.0.0.1"]), {"cni_portmap.conditions"})])
 def test_no_mappings(verb, given, extra):
     """A call that publishes nothing loads the protocol and the parser; neither nftables nor the kernel module."""
     assert loaded(verb, given) == PROTOCOL | extra
@@ -104,14 +112,22 @@ def test_life(own_kernel):
     attached = configuration(PORT, {**PORT, "hostPort": 9000, "protocol": "udp"})
     valid = [{"containerID": VARIABLES["CNI_CONTAINERID"], "ifname": VARIABLES["CNI_IFNAME"]}]
     gc = configuration(**{"cni.dev/valid-attachments": valid})
-    write = KERNEL | LOCK | binding
+    adding, removing = PROTOCOL | ADD | LOCK | binding, PROTOCOL | DELETE | LOCK | binding
     expected = [
-        ("DEL", configuration(), KERNEL), ("STATUS", configuration(), KERNEL | binding), ("ADD", attached, write),
-        ("ADD", attached, write), ("CHECK", attached, write), ("GC", gc, KERNEL | LOCK),
-        ("DEL", configuration(), write), ("DEL", configuration(), KERNEL)]
+        ("DEL", configuration(), PROTOCOL | DELETE),
+        ("STATUS", configuration(), PROTOCOL | LINUX | STEPS | binding | {"cni_portmap.verbs.status",
+                                                                         "cni_portmap.linux.libnftables"}),
+        ("ADD", attached, adding | FLOWS), ("ADD", attached, adding | FLOWS | READING),
+        ("ADD", configuration(PORT), adding | FLOWS | READING), ("ADD", configuration(PORT), adding | READING),
+        ("CHECK", configuration(PORT), PROTOCOL | LINUX | STEPS | LOCK | READING | binding |
+         {"cni_portmap.verbs.check", "cni_portmap.linux.libnftables"}),
+        ("GC", gc, PROTOCOL | DELETE | LOCK | {"cni_portmap.verbs.gc"}),
+        ("DEL", configuration(), removing | FLOWS | READING | {"cni_portmap.linux.libnftables"}),
+        ("DEL", configuration(), PROTOCOL | DELETE)]
     for verb, given, modules in expected:
         found = loaded(verb, given, *own_kernel)
-        assert found - LOCK == modules - LOCK and found & NEVER == set(), verb
+        assert found - LOCK == modules - LOCK, (verb, given)
+        assert found & NEVER == set(), verb
 
 
 def test_own_kernel(own_kernel):
@@ -119,3 +135,86 @@ def test_own_kernel(own_kernel):
     inside = subprocess.run([*own_kernel, "readlink", "/proc/self/ns/net"], capture_output=True, text=True, timeout=60,
                             check=True).stdout.strip()
     assert inside.startswith("net:") and inside != os.readlink("/proc/self/ns/net")
+
+
+# --- the arrows between the rooms, late imports included --------------------------------------------------------
+
+PACKAGE = ROOT / "cni_portmap"
+
+
+def imports_of(path):
+    """What a file imports, wherever it says so: modules of ours as "linux.kernel", others by their first name."""
+    package = ["cni_portmap", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module or "").split(".")] if node.module else base
+            yield from (".".join((*module, alias.name)) for alias in node.names)
+
+
+def room_of(name):
+    """The room that an import leads to, "" for what is not ours."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "cni_portmap" and len(parts) > 1 and (
+        (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists()) else ""
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+# room: what it may import; `cni` and the package itself may be imported everywhere.
+ARROWS = {
+    "__init__": set(), "__main__": {"cli"}, "cni": set(), "attachment": set(), "conditions": {"attachment"},
+    "config": {"attachment", "conditions"}, "explain": {"attachment", "conditions", "config"},
+    "ruleset": {"attachment"}, "linux": {"attachment", "ruleset"}, "verbs": {"attachment", "ruleset", "linux"},
+    "libcni_cache": {"attachment", "config", "explain", "linux", "ruleset"},
+    "plugin": {"config", "explain", "linux", "verbs"},
+    "cli": {"attachment", "explain", "libcni_cache", "linux", "ruleset", "verbs"},
+}
+
+
+def test_every_room_has_its_arrows():
+    """A new room says what it may import."""
+    assert {*ROOMS.values()} == {*ARROWS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_go_one_way(path):
+    """No room imports one above it: so each can be read, tested and changed with what is below it alone."""
+    room = ROOMS[path]
+    found = {room_of(name) for name in imports_of(path)} - {"", "cni", room}
+    assert found <= ARROWS[room]
+
+
+def test_no_circles():
+    """The arrows have no circle."""
+    seen = {"cni"}
+    while rest := {room: below for room, below in ARROWS.items() if room not in seen}:
+        free = {room for room, below in rest.items() if below <= seen}
+        assert free, f"a circle among {sorted(rest)}"
+        seen |= free
+
+
+SYSTEM = {"posix", "os", "fcntl", "ctypes", "nftables", "subprocess", "socket", "shutil"}
+ALLOWED = {  # room: what of SYSTEM it may import, and why
+    "cni": {"posix"},  # its own standard streams
+    "plugin": {"posix"},  # _exit
+    "linux": SYSTEM,
+    "verbs": {"socket"},  # inet_ntop
+    "libcni_cache": {"os"},  # files
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_linux_makes_system_calls(path):
+    """What touches the system is in one folder, so that a reader who looks for it looks there alone."""
+    found = {name.partition(".")[0] for name in imports_of(path)} & SYSTEM
+    assert found <= ALLOWED.get(ROOMS[path], set())
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if ROOMS[path] not in ("cli", "__main__")],
+                         ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_pyroute2_is_for_people(path):
+    """140 ms: for the command and the tests, never where a runtime's call could meet it."""
+    assert not {name for name in imports_of(path) if name.startswith("pyroute2")}

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import pytest
 from helpers import ROOT
 
-from cni_portmap import alive, cni, kernel, ruleset
+from cni_portmap import cni, linux, ruleset
 from cni_portmap.cni import CniError
-from cni_portmap.kernel import Kernel
-from cni_portmap.netlink import attribute, nested
+from cni_portmap.linux import alive, conntrack, kernel, libnftables, netlink
+from cni_portmap.linux.kernel import Kernel
+from cni_portmap.linux.netlink import attribute, nested
 
 
 class Broken:
@@ -27,16 +28,16 @@ class Broken:
 
 
 READS = {"has_chain": ["x"], "comments": ["x"], "owner": ["x"], "owners": [], "rules": [],
-         "lookup": [[("hostports", bytes(12))]], "elements": [], "elements_of": [["x"]], "targets": [["x"]],
-         "claimants": ["hostports", [bytes(8)]], "picture": ["x"], "references": ["x"], "is_dormant": [],
+         "lookup": [[("hostports", bytes(12))]], "elements": [], "owned_elements": [["x"]], "targets": [["x"]],
+         "owners_of_port": ["hostports", [bytes(8)]], "snapshot": ["x"], "references": ["x"], "is_dormant": [],
          "set_elements": [b"x\0"], "has_table": [], "notes_opened": [], "opened": [], "opened_and_gone": [],
-         "dnat_rules": ["x"], "wanted_by": ["x"]}
+         "dnat_rules": ["x"], "elements_wanted_by": ["x"]}
 
 
 @pytest.mark.parametrize("method", READS)
 def test_reading_fails(monkeypatch, method):
     """What netlink refuses is one CniError, with what to do."""
-    monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
+    monkeypatch.setattr("cni_portmap.linux.netlink.socket", Broken)
     with pytest.raises(CniError) as caught:
         getattr(Kernel(), method)(*READS[method])
     assert caught.value.code == 5 and "Operation not permitted" in caught.value.args[0]
@@ -45,14 +46,15 @@ def test_reading_fails(monkeypatch, method):
 
 def test_nothing_to_read(monkeypatch):
     """Asked about no chains, the kernel isn't asked."""
-    monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
-    assert (Kernel().elements_of([]), Kernel().targets([])) == ([], {})
+    monkeypatch.setattr("cni_portmap.linux.netlink.socket", Broken)
+    assert (Kernel().owned_elements([]), Kernel().targets([])) == ([], {})
 
 
 def reading(**tables):
     """A kernel whose nf_tables answer like this."""
     found = Kernel()
-    found._tables = types.SimpleNamespace(**tables)
+    for name, answer in tables.items():
+        setattr(found, name, answer)
     return found
 
 
@@ -75,11 +77,11 @@ def rule_of(*parts):
 
 def pictured(chain, rules, sets=()):
     elements = [nested(3, *(nested(1, attribute(1, element)) for element in each)) for each in sets]
-    return reading(chain=lambda name: chain, rules=lambda name: [("x", "comment", rule) for rule in rules],
-                   raw_elements=lambda name: [bytes(4) + elements[int(name[-1])]]).picture("x")
+    return reading(_chain=lambda name: chain, rules=lambda name: [("x", "comment", rule) for rule in rules],
+                   _dump=lambda kind, body: [bytes(4) + elements[int(body.rstrip(b'\0')[-1:])]]).snapshot("x")
 
 
-def test_picture():
+def test_snapshot():
     """Alike are chains whose hook and rules are; not their counters, nor the names and order of anonymous sets."""
     hook = {4: b"hook", 5: b"policy", 7: b"type", 2: b"handle 1"}
     lookup = rule_of(("counter", {1: b"1"}), ("lookup", {1: b"__set0\0", 2: b"r"}))
@@ -98,8 +100,8 @@ def test_picture():
 
 def test_references():
     """The kernel counts a chain's own rules among its users; nobody uses a chain that isn't there."""
-    assert reading(chain=lambda name: {6: b"\0\0\0\5"}, rules=lambda name: ["rule"] * 3).references("x") == 2
-    assert reading(chain=lambda name: None, rules=lambda name: []).references("x") == 0
+    assert reading(_chain=lambda name: {6: b"\0\0\0\5"}, rules=lambda name: ["rule"] * 3).references("x") == 2
+    assert reading(_chain=lambda name: None, rules=lambda name: []).references("x") == 0
 
 
 @pytest.mark.parametrize("references, wanted, listed",
@@ -109,10 +111,11 @@ def test_elements_of(monkeypatch, references, wanted, listed):
     there = {"a": "c/x/eth0", "b": "c/x/eth0", "c": "c/y/eth0"}
     lists = []
     monkeypatch.setattr(Kernel, "references", lambda self, chain: references)
-    monkeypatch.setattr(Kernel, "wanted_by", lambda self, chain: {*wanted})
+    monkeypatch.setattr(Kernel, "elements_wanted_by", lambda self, chain: {*wanted})
     monkeypatch.setattr(Kernel, "lookup", lambda self, asked: {each: there[each] for each in asked})
     monkeypatch.setattr(Kernel, "elements", lambda self: lists.append(1) or [*there.items()])
-    assert sorted(Kernel().elements_of(["c/x/eth0"])) == ([("a", "c/x/eth0"), ("b", "c/x/eth0")] if references else [])
+    owned = [("a", "c/x/eth0"), ("b", "c/x/eth0")] if references else []
+    assert sorted(Kernel().owned_elements(["c/x/eth0"])) == owned
     assert bool(lists) == listed
 
 
@@ -218,7 +221,7 @@ def test_octal_paths():
 
 # --- libnftables ----------------------------------------------------------------------------------------------
 
-class Libnftables:
+class Binding:
     """Answers each command with the same."""
 
     def __init__(self, code, error):
@@ -234,7 +237,8 @@ class Libnftables:
 
 def nft(code=0, error=""):
     found = Kernel()
-    found._nft = Libnftables(code, error)
+    found._nft = libnftables.Libnftables.__new__(libnftables.Libnftables)
+    found._nft._nft = Binding(code, error)
     return found
 
 
@@ -242,8 +246,10 @@ def test_transact():
     """All lines go as one command; success is silence."""
     found = nft()
     found.transact("add table inet a\nadd chain inet a b\n")
-    assert found.dry_run("add table inet a\n") == "" and not found._nft.dry
-    assert found._nft.seen == [(False, "add table inet a;add chain inet a b"), (True, "add table inet a")]
+    assert found.dry_run("add table inet a\n") == ""
+    found.transact("add table inet b\n")
+    assert found._nft._nft.seen == [(False, "add table inet a;add chain inet a b"), (True, "add table inet a"),
+                                   (False, "add table inet b")]
 
 
 LINE = "add table inet a;delete chain inet a zz;add chain inet a b"
@@ -265,7 +271,7 @@ def test_refused(error, says):
     assert caught.value.code == 100 and caught.value.args[0].endswith(says) and "\n" not in caught.value.args[0]
     assert ("root" in caught.value.details) == ("not permitted" in error)
     found = nft(-1, error)
-    assert found.dry_run(text).endswith(says) and not found._nft.dry
+    assert found.dry_run(text).endswith(says)
 
 
 def test_no_libnftables(monkeypatch):
@@ -283,13 +289,13 @@ def test_no_libnftables(monkeypatch):
 LATER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from cni_portmap.kernel import _import, _Later
-stand_in = _Later("fractions", known=1)
+from cni_portmap.linux.libnftables import _StandIn, import_lightly
+stand_in = _StandIn("fractions", known=1)
 stand_in.step_in()
 import fractions
 assert fractions is stand_in and fractions.known == 1 and "decimal" not in sys.modules
 assert fractions.Fraction(1, 2) and sys.modules["fractions"] is not stand_in
-found = _import("ctypes")
+found = import_lightly("ctypes")
 assert found.CDLL("libc.so.6").getpid() > 0 and "os" not in sys.modules
 import os
 assert os.path.join and found.CDLL(None)
@@ -350,7 +356,7 @@ def test_lock_waits(lock, monkeypatch):
         assert not is_free(lock)
         threading.Timer(0.1, holder.stdin.close).start()
         with kernel.Lock():
-            assert holder.stdin.closed
+            assert holder.stdin.closed and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_lock_removed(lock, monkeypatch):
@@ -385,28 +391,29 @@ def test_lock_unsafe(lock, prepare, word):
 # --- what surrounds the rules ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("protocol, kind", [("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)])
-def test_is_bound(protocol, kind):
+def test_port_in_use(protocol, kind):
     """bind(2) itself says whether a port is in use: overlapping addresses are, others aren't."""
     with socket.socket(socket.AF_INET, kind) as used:
         used.bind(("127.0.0.1", 0))
         if protocol == "tcp":
             used.listen()
         port = used.getsockname()[1]
-        found = [Kernel().is_bound(4, protocol, ip, port) for ip in ("127.0.0.1", "", "127.0.0.2")]
-        assert found == [True, True, False] and not Kernel().is_bound(6, protocol, "::1", port)
-    assert not Kernel().is_bound(4, protocol, "127.0.0.1", port)
+        found = [Kernel().port_in_use(4, protocol, ip, port) for ip in ("127.0.0.1", "", "127.0.0.2")]
+        assert found == [True, True, False] and not Kernel().port_in_use(6, protocol, "::1", port)
+    assert not Kernel().port_in_use(4, protocol, "127.0.0.1", port)
 
 
-def test_is_bound_elsewhere():
+def test_port_in_use_elsewhere():
     """An address that this host doesn't have, and a protocol that it doesn't know, are used by nobody."""
-    assert not Kernel().is_bound(4, "tcp", "192.0.2.77", 8080) and not Kernel().is_bound(4, "sctp", "127.0.0.1", 8080)
+    assert not Kernel().port_in_use(4, "tcp", "192.0.2.77", 8080)
+    assert not Kernel().port_in_use(4, "sctp", "127.0.0.1", 8080)
 
 
 @pytest.fixture
 def sysctl(monkeypatch, tmp_path):
     """route_localnet of the interface cni0, which a route leads to, as a temporary file."""
-    monkeypatch.setattr(kernel, "route_interface", lambda family, ip: 7)
-    monkeypatch.setattr(kernel, "if_indextoname", lambda index: "cni0")
+    monkeypatch.setattr(netlink, "route_interface", lambda family, ip: 7)
+    monkeypatch.setattr(netlink, "if_indextoname", lambda index: "cni0")
     monkeypatch.setattr(kernel, "_localnet", lambda interface: str(tmp_path / f"{interface}-route_localnet"))
     return tmp_path / "cni0-route_localnet"
 
@@ -437,13 +444,13 @@ def test_cannot_open(sysctl, monkeypatch):
 
     def no_route(family, ip):
         raise OSError(101, "no route")
-    monkeypatch.setattr(kernel, "route_interface", no_route)
+    monkeypatch.setattr(netlink, "route_interface", no_route)
     assert Kernel().interface_to_open("10.88.0.2") == ""
 
 
 def test_odd_interface(sysctl, monkeypatch):
     """The kernel takes names that nft text does not: such an interface is not opened, since it can't be noted."""
-    monkeypatch.setattr(kernel, "if_indextoname", lambda index: 'x";drop')
+    monkeypatch.setattr(netlink, "if_indextoname", lambda index: 'x";drop')
     with pytest.raises(CniError, match="x") as caught:
         Kernel().interface_to_open("10.88.0.2")
     assert caught.value.code == 5
@@ -452,7 +459,7 @@ def test_odd_interface(sysctl, monkeypatch):
 def test_opened():
     """The names that the table notes; others may have written there what is no name, or none of an interface."""
     keys = [name.ljust(16, b"\0") for name in (b"lo", b"nobody0", b"../all", b"a;b", b"\xff", b"")]
-    host = reading(raw_elements=lambda name: [bytes(4) + nested(3, *(nested(1, nested(1, attribute(1, key)))
+    host = reading(_dump=lambda kind, body: [bytes(4) + nested(3, *(nested(1, nested(1, attribute(1, key)))
                                                                     for key in keys))])
     assert (host.opened(), host.opened_and_gone()) == (["lo", "nobody0"], ["nobody0"])
 
@@ -468,9 +475,10 @@ def test_allow_localhost6(monkeypatch, bridged, kind, code, says):
         added.append(route)
         if code:
             raise OSError(code, "no")
-    for name, value in {"route_interface": lambda family, ip: 7, "_read": lambda path: bridged,
-                        "link_kind": lambda index: kind, "add_local_route": add}.items():
-        monkeypatch.setattr(kernel, name, value)
+    monkeypatch.setattr(kernel, "read", lambda path: bridged)
+    for name, value in {"route_interface": lambda family, ip: 7, "link_kind": lambda index: kind,
+                        "add_local_route": add}.items():
+        monkeypatch.setattr(netlink, name, value)
     found = Kernel().allow_localhost6("fd88::2")
     assert says in found and bool(found) == bool(says)
     assert added == [("::1", 7, 4096)] * (says != "bridge-nf-call-ip6tables")
@@ -482,10 +490,10 @@ class Conntrack:
     def __init__(self, flows, able=True):
         self.live, self.able, self.log = [Flow(*flow) for flow in flows], able, []
 
-    def __call__(self, protocol):
+    def __call__(self, protocol, open_socket):
         return self
 
-    def forget(self, port, destination, target):
+    def delete(self, port, destination, target):
         self.log.append("filter")
         if self.able:
             self.live = [flow for flow in self.live if not (
@@ -497,7 +505,7 @@ class Conntrack:
         self.log.append("list")
         return [flow for flow in self.live if flow.family == family and port in (0, flow.port)]
 
-    def forget_each(self, flows):
+    def delete_each(self, flows):
         self.live = [flow for flow in self.live if flow not in flows]
 
 
@@ -520,22 +528,22 @@ MINE = (4, 80, b"host", b"mine")
     ([*[A] * 5, MINE], [A], False, ["filter", "list", "filter"]),
     ([*[(4, 80, bytes([host]), b"gone") for host in range(200)], MINE],
      [(4, 80, bytes([host]), b"gone") for host in range(200)], True, ["list", *["filter"] * 3, "list"])])
-def test_forget(monkeypatch, flows, filters, able, log):
+def test_delete_flows(monkeypatch, flows, filters, able, log):
     """Stale flows go and others stay, at the least cost: by the kernel's own filter where it can, or from a list."""
     found = Conntrack(flows, able)
-    monkeypatch.setattr(kernel, "_read", lambda path, size=1: str(len(flows)).encode() if flows else b"")
-    monkeypatch.setattr(kernel, "Conntrack", found)
-    monkeypatch.setattr(kernel, "MANY_FLOWS", 3)
-    Kernel().forget(17, lambda: filters, lambda flow: flow != MINE)
+    monkeypatch.setattr(conntrack, "read", lambda path, size=1: str(len(flows)).encode() if flows else b"")
+    monkeypatch.setattr(conntrack, "Conntrack", found)
+    monkeypatch.setattr(conntrack, "MANY_FLOWS", 3)
+    Kernel().delete_flows(17, lambda: filters, lambda flow: flow != MINE)
     assert [flow for flow in found.live if flow != MINE] == [] and found.live.count(MINE) == flows.count(MINE)
     assert found.log[:len(log)] == log and ("list" in found.log) == ("list" in log)
 
 
-def test_forget_fails(monkeypatch, capfd):
+def test_delete_flows_fails(monkeypatch, capfd):
     """Conntrack's refusal is one line, and no failure: the ports are published all the same."""
-    monkeypatch.setattr(kernel, "_read", lambda path, size=1: b"9")
-    monkeypatch.setattr("cni_portmap.netlink.socket", Broken)
-    Kernel().forget(17, lambda: [(4, 80, b"", b"")], lambda flow: True)
+    monkeypatch.setattr(conntrack, "read", lambda path, size=1: b"9")
+    monkeypatch.setattr("cni_portmap.linux.netlink.socket", Broken)
+    Kernel().delete_flows(17, lambda: [(4, 80, b"", b"")], lambda flow: True)
     cni.tell()
     assert capfd.readouterr().err == "cni-portmap: stale connections may live on: conntrack: Operation not permitted\n"
 
@@ -544,45 +552,56 @@ def test_local_addresses(monkeypatch):
     """Link-local addresses aren't among this host's: nothing is forwarded from them."""
     ips = {socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip): ip
            for ip in ("127.0.0.1", "169.254.1.1", "::1", "fe80::1", "febf::1", "fec0::1", "fd00::1")}
-    monkeypatch.setattr(kernel, "local_addresses", lambda: set(ips))
+    monkeypatch.setattr(netlink, "local_addresses", lambda: set(ips))
     assert {*ips.values()} - {ips[address] for address in Kernel().local_addresses()} == {"fe80::1", "febf::1"}
 
 
 def test_read(tmp_path):
     """The first bytes of a file; nothing of one that isn't there."""
     (tmp_path / "a").write_text("12345")
-    assert (kernel._read(f"{tmp_path}/a"), kernel._read(f"{tmp_path}/a", 9)) == (b"1", b"12345")
-    assert kernel._read(f"{tmp_path}/b") == b""
+    assert (linux.read(f"{tmp_path}/a"), linux.read(f"{tmp_path}/a", 9)) == (b"1", b"12345")
+    assert linux.read(f"{tmp_path}/b") == b""
 
 
 def test_leave():
-    """It gives away every socket and nothing else, and no process stays behind."""
+    """It gives away the sockets that it opened, and nothing that was there before; no process stays behind."""
     script = """if True:
         import os, socket, sys
         sys.path.insert(0, sys.argv[1])
-        from cni_portmap import kernel
-        file = os.open("/", os.O_RDONLY)
-        sockets = [socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) for _ in range(3)]
-        kernel.leave()
-        kernel.leave()
-        os.fstat(file)
-        print([os.path.exists(f"/proc/self/fd/{each.detach()}") for each in sockets], flush=True)
+        inherited = [os.open("/", os.O_RDONLY), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()]
+        from cni_portmap.linux.kernel import Kernel
+        host = Kernel()
+        host._libnftables()
+        own = [host.open_socket().fileno(), host._nft.fd]
+        host.leave()
+        print(*(os.path.exists(f"/proc/self/fd/{fd}") for fd in (*inherited, *own)), flush=True)
         os._exit(0)"""
     done = subprocess.run(["/usr/bin/python3", "-IS", "-c", script, ROOT], capture_output=True, text=True, timeout=60,
                           check=True)
-    assert done.stdout == "[False, False, False]\n"
+    assert done.stdout == "True True False False\n"
+
+
+def test_close():
+    """What it opened is closed, and it may be asked again."""
+    host = Kernel()
+    first = host.open_socket().fileno()
+    host.close()
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(first)
+    host.close()
 
 
 ENDS = """
 import ctypes, sys
 sys.path.insert(0, sys.argv[1])
-from cni_portmap import cni, kernel, plugin
+from cni_portmap import cni, plugin
+from cni_portmap.linux import kernel
 """
 
 
 @pytest.mark.parametrize("script, status, code", [
-    ("cni._answering['process'] = 'plugin'; plugin._kernel()._libnftables; ctypes.CDLL(None).exit(1)", 1, 100),
-    ("kernel.Kernel()._libnftables; sys.exit(3)", 3, None)], ids=["libnftables", "command"])
+    ("cni._answering['process'] = 'plugin'; plugin._kernel()._libnftables(); ctypes.CDLL(None).exit(1)", 1, 100),
+    ("kernel.Kernel()._libnftables(); sys.exit(3)", 3, None)], ids=["libnftables", "command"])
 def test_end(script, status, code):
     """A plugin that libnftables ends still answers; a command that loaded libnftables ends as it wants to."""
     done = subprocess.run(["/usr/bin/python3", "-IS", "-c", ENDS + script, ROOT], capture_output=True, text=True,

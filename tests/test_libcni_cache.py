@@ -7,9 +7,10 @@ import types
 import pytest
 from helpers import CHAIN, PORT, PREV_RESULT
 
-from cni_portmap import alive, restore, ruleset
-from cni_portmap.config import Attachment
-from cni_portmap.kernel import Kernel
+from cni_portmap import libcni_cache, ruleset
+from cni_portmap.attachment import Attachment
+from cni_portmap.linux import alive
+from cni_portmap.linux.kernel import Kernel
 
 NETNS = "/proc/self/ns/net"
 CONFLIST = {"cniVersion": "1.0.0", "name": "lab",
@@ -34,7 +35,7 @@ def full_sight(monkeypatch):
 
 
 def read(folder):
-    return [found for _, found in restore.Memory([folder, folder / "none"]).found]
+    return [found for _, found in libcni_cache.Memory([folder, folder / "none"]).found]
 
 
 def test_remembered(tmp_path):
@@ -76,7 +77,7 @@ def test_skipped(tmp_path, changes, reason):
     """What leads to no live attachment is skipped with its reason; nothing that isn't a name reaches nft."""
     write(tmp_path, **changes)
     [found] = read(tmp_path)
-    assert isinstance(found, restore.Skipped) and reason in str(found)
+    assert isinstance(found, libcni_cache.Skipped) and reason in str(found)
 
 
 def test_order(tmp_path):
@@ -90,7 +91,7 @@ def test_order(tmp_path):
 def test_a_file_that_changes(tmp_path):
     """Before it is restored it is looked at again: a file that is gone means DEL, one that is new another ADD."""
     path = write(tmp_path)
-    memory = restore.Memory([tmp_path])
+    memory = libcni_cache.Memory([tmp_path])
     [(_, found)] = memory.found
     assert memory.is_current(found)
     write(tmp_path, containerId="other")
@@ -103,7 +104,7 @@ def test_the_link_is_asked_first(tmp_path, monkeypatch):
     """A container whose link is there lives, wherever its namespace is mounted; without it, it is not current."""
     monkeypatch.setattr(Kernel, "link", lambda self, names: f"{names[0]}#7")
     write(tmp_path, netns="/run/netns/elsewhere", cniArgs=[["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web"]])
-    memory = restore.Memory([tmp_path])
+    memory = libcni_cache.Memory([tmp_path])
     [(_, found)] = memory.found
     assert (found.link, found.inode, found.pod) == ("cni0#7", 0, "shop/web")
     for there in True, False:

@@ -8,8 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from cni_portmap import netlink
-from cni_portmap.netlink import attribute, attributes, nested
+from cni_portmap.cni import CniError
+from cni_portmap.linux import conntrack, expressions, netlink, table
+from cni_portmap.linux.netlink import attribute, attributes, nested
 
 EPERM, ENOENT, ESRCH, EINTR, EEXIST, EINVAL = 1, 2, 3, 4, 17, 22
 ERROR, DONE, MULTI, INTERRUPTED = 2, 3, 2, 0x10
@@ -37,6 +38,9 @@ class Wire:
 
     def __call__(self, *_):
         return self
+
+    def close(self):
+        self.datagrams = []
 
     def send(self, data):
         while data:
@@ -97,7 +101,7 @@ def test_attributes_of_anything(data, at):
 @hypothesis.given(st.binary(max_size=60))
 def test_comment_of_anything(data):
     """Any user data has a comment, or none."""
-    assert type(netlink._comment(data)) is str
+    assert type(table._comment(data)) is str
 
 
 @pytest.mark.parametrize("userdata, comment", [
@@ -106,7 +110,7 @@ def test_comment_of_anything(data):
     (b"\x05\xff", "")])
 def test_comment(userdata, comment):
     """libnftnl's type, length, value; the first comment counts, and what is cut short ends where it ends."""
-    assert netlink._comment(userdata) == comment
+    assert table._comment(userdata) == comment
 
 
 # --- questions and answers ------------------------------------------------------------------------------------
@@ -210,28 +214,28 @@ OTHER = bytes((10, 0, 0, 0, 6, 0, 0, 0, 0x1f, 0x90, 0, 0))
 def test_table_flags(wire, answer, flags):
     """A table's flags; None without a table."""
     there = wire(answer)
-    assert netlink.NfTables("cni_portmap").flags() == flags
+    assert table.Table()._flags() == flags
     assert there.sent == [(0xa01, 1, b"\1\0\0\0" + name(1, "cni_portmap"))]
 
 
 def test_chain(wire):
     """A chain's attributes; None without a chain."""
     there = wire(message(1, bytes(4) + name(3, "output") + attribute(7, b"nat\0")))
-    assert netlink.NfTables("t").chain("output") == {3: b"output\0", 7: b"nat\0"}
+    assert table.Table("t")._chain("output") == {3: b"output\0", 7: b"nat\0"}
     assert there.sent == [(0xa04, 1, b"\1\0\0\0" + name(1, "t") + name(3, "output"))]
     wire(error(ENOENT))
-    assert netlink.NfTables("t").chain("output") is None
+    assert table.Table("t")._chain("output") is None
 
 
 def test_rules(wire):
     """Rules with their chain, comment and expressions; of one chain, or of all."""
     first, second = message(6, rule("a", b"\0\x02x\0"), MULTI), message(6, rule("b", b"", b"raw!"), MULTI)
     there = wire(first + second + DONE_MESSAGE, DONE_MESSAGE)
-    tables = netlink.NfTables("t")
-    assert [*tables.rules()] == [("a", "x", b""), ("b", "", b"raw!")]
-    assert [*tables.rules("c")] == []
-    table = b"\1\0\0\0" + name(1, "t")
-    assert [body for _, _, body in there.sent] == [table, table + name(2, "c")]
+    tables = table.Table("t")
+    assert tables.rules() == [("a", "x", b""), ("b", "", b"raw!")]
+    assert tables.rules("c") == []
+    named = b"\1\0\0\0" + name(1, "t")
+    assert [body for _, _, body in there.sent] == [named, named + name(2, "c")]
 
 
 def test_lookup(wire):
@@ -239,7 +243,7 @@ def test_lookup(wire):
     wanted = [("hostports", KEY), ("hostports", OTHER), ("hostip4_hostports", KEY)]
     found = [message(1, bytes(4) + nested(3, element(KEY, chain))) for chain in ("c/a/eth0", "")]
     there = wire(found[0] + error(ENOENT) + found[1])
-    assert netlink.NfTables("t").lookup(wanted) == {wanted[0]: "c/a/eth0", wanted[2]: ""}
+    assert table.Table("t").lookup(wanted) == {wanted[0]: "c/a/eth0", wanted[2]: ""}
     key = nested(3, nested(1, nested(1, attribute(1, KEY))))
     assert there.sent[0] == (0xa0d, 1, b"\1\0\0\0" + name(1, "t") + name(2, "hostports") + key)
 
@@ -248,32 +252,32 @@ def test_elements(wire):
     """All elements of a map, in as many messages as they come; none without the map."""
     many = message(1, bytes(4) + name(1, "t") + nested(3, element(KEY, "a"), element(OTHER, "b")), MULTI)
     wire(many + many, DONE_MESSAGE)
-    assert [*netlink.NfTables("t").elements("hostports")] == [(KEY, "a"), (OTHER, "b")] * 2
+    assert [*table.Table("t")._verdicts("hostports")] == [(KEY, "a"), (OTHER, "b")] * 2
     wire(error(ENOENT))
-    assert [*netlink.NfTables("t").elements("hostports")] == []
+    assert [*table.Table("t")._verdicts("hostports")] == []
     wire(error(EPERM))
-    with pytest.raises(PermissionError):
-        [*netlink.NfTables("t").elements("hostports")]
+    with pytest.raises(CniError, match="not permitted"):
+        [*table.Table("t")._verdicts("hostports")]
 
 
 def test_catchall(wire):
     """`add element inet cni_portmap hostports { * : drop }` has no key; it breaks nothing."""
     catchall = nested(1, attribute(3, b"\0\0\0\2"), nested(2, nested(2, attribute(1, bytes(4)))))
     wire(message(1, bytes(4) + nested(3, catchall, element(KEY, "a")), MULTI) + DONE_MESSAGE)
-    assert (KEY, "a") in [*netlink.NfTables("t").elements("hostports")]
+    assert (KEY, "a") in [*table.Table("t")._verdicts("hostports")]
 
 
 def test_foreign_names(wire):
     """Names that other programs may give, as bytes that are no text, break nothing."""
     odd = bytes(4) + attribute(1, b"t\0") + attribute(2, b"\xff\xfe\0")
     wire(message(6, odd, MULTI) + DONE_MESSAGE)
-    assert len([*netlink.NfTables("t").rules()]) == 1
+    assert len(table.Table("t").rules()) == 1
 
 
 def test_expressions():
     """Name and attributes of each expression."""
     raw = nested(1, name(1, "counter"), nested(2, attribute(1, bytes(8)))) + nested(1, name(1, "masq"))
-    assert [*netlink.expressions(raw)] == [("counter", {1: bytes(8)}), ("masq", {})]
+    assert [*expressions.expressions(raw)] == [("counter", {1: bytes(8)}), ("masq", {})]
 
 
 def expression(kind, *fields):
@@ -307,7 +311,7 @@ def test_dnat_rule(raw, daddr, ports):
     """A dnat rule's address, protocol, target, and where each of its ports goes; with its counter."""
     sets = {b"__map0\0": [(b"\x1f\x40\0\0", b"\0\x50\0\0"), (b"\x1f\x41\0\0", b"\0\x51\0\0")]}
     counter = nested(1, name(1, "counter"), nested(2, attribute(1, bytes(8)), attribute(2, bytes(7) + b"\5")))
-    found = netlink.DnatRule(counter + raw, lambda its_name: sets[its_name])
+    found = expressions.DnatRule(counter + raw, lambda its_name: sets[its_name])
     assert (found.daddr, found.ports, found.protocol) == (daddr, ports, 6)
     assert (found.target, found.packets) == (b"\x0a\x58\0\2", 5)
 
@@ -316,11 +320,11 @@ def test_dnat_rule(raw, daddr, ports):
                                  DADDR + expression("immediate", 0, b"")])
 def test_no_dnat_rule(raw):
     """A rule that translates nothing has no target and no ports."""
-    found = netlink.DnatRule(raw, lambda _: [])
+    found = expressions.DnatRule(raw, lambda _: [])
     assert (found.target, found.ports) == (b"", {})
 
 
-# --- routes, addresses, links ---------------------------------------------------------------------------------
+# --- netlink, addresses, links ---------------------------------------------------------------------------------
 
 def test_route_interface(wire):
     """The interface that a route leads to; 0 if it leads to none or to a gateway; an OSError without a route."""
@@ -372,18 +376,18 @@ def test_local_routes(wire):
     assert netlink.local_routes("::1", 4096) == [7]
 
 
-def test_all_rules(wire):
+def test_translations(wire):
     """Table, chain and expressions of the families that translate IPv4; not of ip6, bridge or netdev."""
     found = [bytes((family,)) + rule("x", b"", b"raw!")[1:] for family in (1, 2, 5, 7, 10)]
     wire(b"".join(message(10 << 8 | 6, each, MULTI) for each in found), DONE_MESSAGE)
-    assert [*netlink.all_rules()] == [("cni_portmap", "x", b"raw!")] * 2
+    assert [*table.translations()] == [("cni_portmap", "x", b"raw!")] * 2
 
 
 def test_has_set(wire):
     """A set that is there, and one that is not."""
     for answer, there in (message(10 << 8 | 9, bytes(4)), True), (error(ENOENT, 1), False):
         wire(answer)
-        assert netlink.NfTables("cni_portmap").has_set("x") == there
+        assert table.Table().has_set("x") == there
 
 
 def test_local_addresses(wire):
@@ -403,6 +407,10 @@ def test_link_kind(wire, info, kind):
 
 # --- conntrack ------------------------------------------------------------------------------------------------
 
+def conntrack_of(protocol):
+    return conntrack.Conntrack(protocol, lambda: netlink.Socket(netlink.NETLINK_NETFILTER))
+
+
 def direction(kind, source, target, port):
     family = 0 if "." in source else 2
     packed = [socket.inet_pton(socket.AF_INET6 if family else socket.AF_INET, ip) for ip in (source, target)]
@@ -418,32 +426,32 @@ def test_flows(wire, client, host, container):
     there = wire(message(1, bytes(4) + directions + attribute(12, b"\0\0\0\7"), MULTI), DONE_MESSAGE)
     family = 4 if "." in host else 6
     kind = socket.AF_INET if family == 4 else socket.AF_INET6
-    conntrack = netlink.Conntrack(17)
-    [flow] = conntrack.flows(family, 8080)
+    connections = conntrack_of(17)
+    [flow] = connections.flows(family, 8080)
     assert (flow.family, flow.port) == (family, 8080)
     assert (flow.destination, flow.target) == (socket.inet_pton(kind, host), socket.inet_pton(kind, container))
     [(kind_asked, flags, body)] = there.sent
     assert (kind_asked, flags, body[:4]) == (0x101, 0x301, bytes((kind, 1, 0, 0))) and b"\x1f\x90" in body
     assert dict(attributes(dict(attributes(body, 4))[25])) == {1: b"\x28\0\0\0"}
     there.datagrams = [error(ENOENT)]
-    conntrack.forget_each([flow])
+    connections.delete_each([flow])
     assert there.sent[-1][0] == 0x102 and {1, 12} == {each for each, _ in attributes(there.sent[-1][2], 4)}
 
 
-def test_forget_none(wire):
+def test_delete_none(wire):
     """With nothing to forget nothing is asked."""
     there = wire()
-    netlink.Conntrack(17).forget_each([])
+    conntrack_of(17).delete_each([])
     assert there.sent == []
 
 
 @pytest.mark.parametrize("destination, target, flags", [
     (b"", b"", {1: 0x28}), (b"\xc0\0\2\1", b"", {1: 0x2a}), (b"", b"\x0a\x58\0\2", {1: 0x28, 2: 1}),
     (b"\xc0\0\2\1", b"\x0a\x58\0\2", {1: 0x2a, 2: 1})])
-def test_forget_asks(wire, destination, target, flags):
+def test_delete_asks(wire, destination, target, flags):
     """The filter names protocol and port, the destination and who answers where they are given; IPv4 alone."""
     there = wire(error(0))
-    assert netlink.Conntrack(17).forget(8080, destination, target)
+    assert conntrack_of(17).delete(8080, destination, target)
     [(kind, asked, body)] = there.sent
     found = dict(attributes(body, 4))
     original, reply = dict(attributes(found[1])), dict(attributes(found.get(2, b"")))
@@ -455,16 +463,16 @@ def test_forget_asks(wire, destination, target, flags):
 
 
 @pytest.mark.parametrize("code, answer", [(0, True), (ENOENT, True), (EINVAL, False)])
-def test_forget(wire, code, answer):
+def test_delete(wire, code, answer):
     """None of that kind is fine; a kernel that can't choose says so; any other refusal is an OSError."""
     wire(error(code))
-    assert netlink.Conntrack(17).forget(8080, b"", b"") is answer
+    assert conntrack_of(17).delete(8080, b"", b"") is answer
     wire(error(EPERM))
     with pytest.raises(PermissionError):
-        netlink.Conntrack(17).forget(8080, b"", b"")
+        conntrack_of(17).delete(8080, b"", b"")
 
 
-def test_forget_sctp(wire):
+def test_delete_sctp(wire):
     """The kernel's filter knows no ports of SCTP, so it isn't asked."""
     there = wire()
-    assert netlink.Conntrack(132).forget(8080, b"", b"") is False and there.sent == []
+    assert conntrack_of(132).delete(8080, b"", b"") is False and there.sent == []

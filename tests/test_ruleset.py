@@ -14,9 +14,11 @@ import types
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from helpers import CHAIN, PORT, VARIABLES, RecordingKernel, attachment, configuration, elements, respond
+from helpers import CHAIN, PORT, VARIABLES, RecordingKernel, attachment, base, configuration, elements, respond, using
 
-from cni_portmap import config, netlink, ruleset
+from cni_portmap import ruleset
+from cni_portmap.attachment import PROTOCOLS, Address, Attachment, Port
+from cni_portmap.linux import table
 
 GOLDENS = pathlib.Path(__file__).with_name("goldens")
 
@@ -37,14 +39,14 @@ SECOND = attachment(PORT, environ={**VARIABLES, "CNI_IFNAME": "eth1"},
 LONG = {"CNI_CONTAINERID": "a" * 300, "CNI_NETNS": '/run/netns/a "b"; c\n#é', "CNI_IFNAME": "e@b+c~d=e,f"}
 
 CASES = {
-    "base": lambda: ruleset.base(ruleset.BASE, (), {13}),
-    "repair": lambda: ruleset.base(["guard"], ["dispatch", "output", "postrouting"], {13, 5}),
+    "base": base,
+    "repair": lambda: base(["guard"], ("dispatch", "output", "postrouting"), {13, 5}),
     "attach-dual-stack": lambda: ruleset.attach(WEB),
     "attach-ipv4-only": lambda: attach(PORT, **ONLY[4]),
     "attach-ipv6-only": lambda: attach(PORT, **ONLY[6]),
     "attach-host-ip": lambda: attach(port(8080, 80, ip="192.0.2.1"), port(8080, 81, ip="127.0.0.1"),
                                      port(8080, 80, ip="::1"), port(53, 53, "udp", "0.0.0.0")),
-    "attach-protocols": lambda: attach(*(port(8080, 80, protocol) for protocol in config.PROTOCOLS)),
+    "attach-protocols": lambda: attach(*(port(8080, 80, protocol) for protocol in PROTOCOLS)),
     "attach-identity-range": lambda: attach(*(port(n, n, "udp", "0.0.0.0")
                                               for n in [9003, 9000, 9001, 9002, 9010, 65535, 65534])),
     "attach-shifted-few": lambda: attach(*(port(8000 + n, 80 + n) for n in range(8)), **ONLY[4]),
@@ -58,10 +60,10 @@ CASES = {
     "attach-long-names": lambda: attach(PORT, environ=LONG, name="n" * 123, **ONLY[4]),
     # the first comment ends with a space
     "detach": lambda: ruleset.detach([CHAIN], elements(WEB)),
-    "second-interface": lambda: ruleset.attach(SECOND, elements(WEB)) + ruleset.stand_by(CHAIN, "eth1"),
+    "second-interface": lambda: ruleset.attach(SECOND, elements(WEB)) + ruleset.standby_note(CHAIN, "eth1"),
     "note-opened": lambda: ruleset.note_opened(["cni0", "veth1a2b@if3"]),
     "forget-opened": lambda: ruleset.forget_opened(["veth1a2b@if3"]),
-    "inherit": lambda: ruleset.detach([CHAIN], elements(WEB)) + ruleset.lead(elements(WEB), "c/web-1/eth1"),
+    "inherit": lambda: ruleset.detach([CHAIN], elements(WEB)) + ruleset.map_elements(elements(WEB), "c/web-1/eth1"),
     "replace": lambda: ruleset.detach([CHAIN], elements(WEB)) + attach(PORT, port(8443, 443)),
 }
 
@@ -81,23 +83,26 @@ def test_goldens_are_used():
 
 
 def test_version():
-    """Whoever changes what is shared raises VERSION, or hosts keep the old base: add the new number and hash here."""
-    text = ruleset.base(ruleset.BASE, (), range(32)).replace(f"{ruleset.SIGN}{ruleset.VERSION}: ", "")
-    assert {ruleset.VERSION: hashlib.sha256(text.encode()).hexdigest()[:16]} == {2: "5b8c08785dc5b912"}
+    """A change of SHARED raises BASE_VERSION, or hosts keep the old base: add the new number and hash here."""
+    text = base(bits=range(32)).replace(f"{ruleset.COMMENT_PREFIX}{ruleset.BASE_VERSION}: ", "")
+    assert {ruleset.BASE_VERSION: hashlib.sha256(text.encode()).hexdigest()[:16]} == {2: "5b8c08785dc5b912"}
 
 
 def test_repair_keeps_attachments():
     """Whatever is repaired, no attachment's chain, no map and not the table is flushed or deleted."""
-    for chain in ruleset.BASE:
-        removed = [line for line in ruleset.base((), [chain], {13}).splitlines() if re.match("flush|delete", line)]
+    for chain in ruleset.SHARED:
+        removed = [line for line in base((), (chain,)).splitlines() if re.match("flush|delete", line)]
         assert removed == [f"{'flush' if chain == 'dispatch' else 'delete'} chain inet cni_portmap {chain}"]
 
 
 def test_mark_bits():
     """The mark bits of a `postrouting` chain are read back from its comments, which others may have written too."""
     for bits in set(), {13}, {0, 3, 13, 30, 31}:
-        assert ruleset.bits_of(comment for _, comment in ruleset.base_rules("postrouting", bits)) == bits
-    assert ruleset.bits_of(["", "markMasqBit", "cni-portmap 0: markMasqBit 5", "markMasqBit x", "mine"]) == {5}
+        rules = ruleset.shared_rules("postrouting", using(bits))
+        assert ruleset.shared_rules("postrouting", [], [comment for _, comment in rules]) == rules
+        assert rules == ruleset.shared_rules("postrouting", using(bits | {13}))
+    odd = ["", "markMasqBit", "cni-portmap 0: markMasqBit 5", "markMasqBit x", "markMasqBit 32", "markMasqBit \u00b2"]
+    assert ruleset.shared_rules("postrouting", [], odd) == ruleset.shared_rules("postrouting", using({5}))
 
 
 # --- map elements ---------------------------------------------------------------------------------------------
@@ -109,14 +114,14 @@ def test_mark_bits():
 def test_element(mapping, name, text):
     """A port's key, as bytes for the kernel and as text for nft."""
     found = attachment(mapping).ports[0]
-    assert (ruleset.map_of(found), ruleset.element_of(name, ruleset.key_of(found))) == (name, text)
+    assert (ruleset.map_of(found), ruleset.element_text(name, ruleset.key_of(found))) == (name, text)
     assert len(ruleset.key_of(found)) == {"hostports": 12, "hostip4_hostports": 12, "hostip6_hostports": 24}[name]
 
 
 IPS = {4: st.just("") | st.ip_addresses(v=4).map(str),
        6: st.just("") | st.ip_addresses(v=6).map(lambda ip: socket.inet_ntop(socket.AF_INET6, ip.packed))}
 PORT_OBJECTS = st.sampled_from([4, 6]).flatmap(lambda family: st.builds(
-    config.Port, st.just(family), st.sampled_from(config.PROTOCOLS), IPS[family], st.integers(1, 65535),
+    Port, st.just(family), st.sampled_from(PROTOCOLS), IPS[family], st.integers(1, 65535),
     st.integers(1, 65535)))
 
 
@@ -130,15 +135,15 @@ def test_element_round_trip(found):
     assert ruleset.claim_of(element) == (found.family, number, packed, found.host_port)
     assert ruleset.claim_of(ruleset.wildcard_of(found)) == (found.family, number, b"", found.host_port)
     first = found.host_ip or f"ipv{found.family}"
-    assert ruleset.element_of(name, key) == f"{first} . {found.protocol} . {found.host_port}"
+    assert ruleset.element_text(name, key) == f"{first} . {found.protocol} . {found.host_port}"
 
 
 @hypothesis.given(st.sampled_from(list(ruleset.MAPS)), st.binary(min_size=12, max_size=12))
 def test_foreign_element(name, key):
     """The key of an element that somebody else wrote has a text too."""
     key = key if name != "hostip6_hostports" else bytes(12) + key
-    assert ruleset.element_of(name, key).count(" . ") == 2
-    assert ruleset.element_of("hostports", bytes((7, 0, 0, 0, 99, 0, 0, 0, 1, 0, 0, 0))) == "7 . 99 . 256"
+    assert ruleset.element_text(name, key).count(" . ") == 2
+    assert ruleset.element_text("hostports", bytes((7, 0, 0, 0, 99, 0, 0, 0, 1, 0, 0, 0))) == "7 . 99 . 256"
 
 
 @hypothesis.given(PORT_OBJECTS)
@@ -147,7 +152,8 @@ def test_elements_of_rule(found):
     packed = ruleset.key_of(found)[:-8] if found.host_ip else b""
     rule = types.SimpleNamespace(target=bytes(4 if found.family == 4 else 16), daddr=packed,
                                  ports={found.host_port: 80}, protocol=ruleset.PROTOCOL_NUMBERS[found.protocol])
-    assert {*ruleset.elements_of(rule)} == {(ruleset.map_of(found), ruleset.key_of(found))}
+    wanted = {*ruleset.elements_for(rule.target, rule.daddr, rule.protocol, rule.ports)}
+    assert wanted == {(ruleset.map_of(found), ruleset.key_of(found))}
 
 
 # --- names and records ----------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ def test_elements_of_rule(found):
 IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,20}", fullmatch=True) | st.integers(60, 400).map("a".__mul__)
 IFNAMES = st.text(alphabet="ab0_.-@+~=,", min_size=1, max_size=15).filter(lambda name: name not in (".", ".."))
 PATHS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=80)
-OWNERS = st.builds(config.Attachment, IDS, IFNAMES, IDS, PATHS, st.integers(0, 2 ** 32))
+OWNERS = st.builds(Attachment, IDS, IFNAMES, IDS, netns=PATHS, inode=st.integers(0, 2 ** 32))
 
 
 @hypothesis.given(OWNERS)
@@ -172,7 +178,7 @@ def test_record_round_trip(owner):
 
 def test_record_of_a_pod():
     """Link and pod are part of the record, in as many comments as it takes; version 0.1 reads the rest of it."""
-    owner = config.Attachment("w" * 64, "eth0", "n" * 60, "/run/netns/web", 7, pod=f"shop/{'w' * 253}",
+    owner = Attachment("w" * 64, "eth0", "n" * 60, netns="/run/netns/web", inode=7, pod=f"shop/{'w' * 253}",
                               link="veth1a2b#12")
     comments = ruleset.record_of(owner)
     assert len(comments) > 1 and all(len(comment) <= 128 for comment in comments)
@@ -186,8 +192,7 @@ def test_record_of_a_pod():
     ([], ""), ([""], ""), (["a", "", "b"], "a"), (["a", "b", ""], "ab")])
 def test_record_of_chain(comments, expected):
     """The record is the comments up to the first rule without one."""
-    from cni_portmap import kernel
-    assert kernel._record(comments) == expected
+    assert table._record(comments) == expected
 
 
 @pytest.mark.parametrize("chain, record", [
@@ -221,8 +226,9 @@ def test_chain_names_differ():
 def test_stand_by_round_trip(ifnames, others):
     """Who stands by is read back from the comments of a chain, among others."""
     notes = [re.fullmatch(r'add chain inet cni_portmap c \{\ncontinue comment "([^"\\]{1,128})"\n\}\n',
-                          ruleset.stand_by("c", ifname))[1] for ifname in ifnames]
-    assert ruleset.standing_by([*(other for other in others if not other.startswith("also on ")), *notes]) == ifnames
+                          ruleset.standby_note("c", ifname))[1] for ifname in ifnames]
+    others = [other for other in others if not other.startswith("also on ")]
+    assert ruleset.standby_interfaces([*others, *notes]) == ifnames
 
 
 # --- nothing breaks out ---------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def test_hostile(place, text):
 
 def test_table_names():
     """The reader of the kernel and the writer of text mean the same table."""
-    assert f"inet {ruleset.TABLE_NAME}" == ruleset.TABLE and netlink._NFPROTO_INET[0] == 1
+    assert f"inet {ruleset.TABLE_NAME}" == ruleset.TABLE and table.NFPROTO_INET == 1
 
 
 def test_many_host_addresses_are_grouped_once():
@@ -327,8 +333,8 @@ def test_many_host_addresses_are_grouped_once():
 
     counts = []
     for number in 2, 200:
-        ports = [config.Port(4, "tcp", f"127.1.0.{index}", 8080, 80) for index in range(number)]
-        found = config.Attachment("web", "eth0", "lab", addresses={4: config.Address(4, "10.88.0.2", "10.88.0.0/16")},
+        ports = [Port(4, "tcp", f"127.1.0.{index}", 8080, 80) for index in range(number)]
+        found = Attachment("web", "eth0", "lab", addresses={4: Address(4, "10.88.0.2", "10.88.0.0/16")},
                                   ports=Counted(ports))
         passes = []
         assert len([rule for rule in ruleset.rules_of(found) if "dnat" in rule]) == number

@@ -7,7 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jsonschema
 import pytest
-from helpers import PORT, PREV_RESULT, configuration, request
+from helpers import PORT, PREV_RESULT, configuration, explained, request
 
 from cni_portmap import cni, config, explain
 
@@ -79,7 +79,7 @@ def accepted(document):
     """Whether the parser takes the shape of a document; a refusal must name a place."""
     try:
         for parse in config.parse, config.parse_valid_attachments:
-            parse(cni.Request("STATUS", "1.1.0", {}, document, ""))
+            explained(parse, cni.Request("STATUS", "1.1.0", {}, document, ""))
     except cni.CniError as error:
         assert_names_a_place(error)
         return False
@@ -111,7 +111,7 @@ def test_generator(document):
     try:
         mappings = (document.get("runtimeConfig") or {}).get("portMappings")
         config.parse_mappings(mappings, "")
-    except config.Refused:
+    except cni.ConfigError:
         hypothesis.reject()
     hypothesis.assume(document.get("markMasqBit") is None or document.get("externalSetMarkChain") is None)
     assert accepted(document)
@@ -153,7 +153,7 @@ def test_violation(keys, path, value):
 def test_message(keys, message):
     """The value at the path is shown, up to 80 letters of it."""
     with pytest.raises(cni.CniError) as caught:
-        config.parse(request(**keys))
+        explained(config.parse, request(**keys))
     assert caught.value.args[0] == message
 
 
@@ -161,7 +161,7 @@ def test_without_jsonschema(monkeypatch):
     """Where jsonschema is missing a refusal still names its path."""
     monkeypatch.setitem(__import__("sys").modules, "jsonschema", None)
     with pytest.raises(cni.CniError, match=r"^snat is not valid"):
-        config.parse(request(snat=1))
+        explained(config.parse, request(snat=1))
 
 
 def test_ordinary_validator():

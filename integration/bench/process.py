@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 
-from cni_portmap import alive
+from cni_portmap.linux import alive
 
 from . import subjects
 from .results import Key, Results, Sample, interleave

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import lab
 
 sys.path.insert(0, str(lab.ROOT))
-from cni_portmap import config as ours
+from cni_portmap import attachment as ours
 from cni_portmap import ruleset
 
 NETWORK, IFNAME, NETNS = "bench", "eth0", "/run/netns/measured"
@@ -174,8 +174,8 @@ def populate(subject: Subject, containers: list[Published]) -> None:
 def _our_bulk(containers: Iterable[Published]) -> tuple[list[str], str]:
     inode = os.stat(NETNS).st_ino
     return ["nft", "-f", "-"], "".join(ruleset.attach(ours.Attachment(
-        each.container_id, IFNAME, NETWORK, NETNS, inode, {4: ours.Address(4, each.ip, SUBNET)},
-        tuple(ours.Port(4, each.protocol, "", *ports) for ports in each.ports), ours.DEFAULT_MARK_BIT))
+        each.container_id, IFNAME, NETWORK, netns=NETNS, inode=inode, addresses={4: ours.Address(4, each.ip, SUBNET)},
+        ports=tuple(ours.Port(4, each.protocol, "", *ports) for ports in each.ports), mark_bit=ours.DEFAULT_MARK_BIT))
         for each in containers)
 
 

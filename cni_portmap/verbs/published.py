@@ -5,9 +5,9 @@ Through netlink, since nft's JSON takes three seconds with 10,000 containers.
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Any, NamedTuple
 
-from .kernel import Kernel
-from .netlink import DnatRule
-from .ruleset import PROTOCOLS, Owner, claim_of
+from ..linux.expressions import DnatRule
+from ..linux.kernel import Kernel
+from ..ruleset import PROTOCOLS, Owner, claim_of, is_attachment_chain
 
 
 SIZES = {4: 4, 6: 16}  # bytes of an address
@@ -40,7 +40,7 @@ def published(kernel: Kernel) -> list[Published]:
     rules: dict[str, list[DnatRule]] = {}
     records: dict[str, list[str]] = {}
     for chain, comment, raw in kernel.rules():
-        if chain.startswith("c/"):
+        if is_attachment_chain(chain):
             if comment and chain not in rules:
                 records.setdefault(chain, []).append(comment)
             elif b"nat\0" in raw:

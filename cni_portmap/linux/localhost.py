@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from socket import AF_INET, if_indextoname, inet_ntop
 from typing import NamedTuple
 
-from .kernel import LOCALHOST_METRIC, Kernel, interface_to
-from .netlink import DnatRule, all_rules, delete_local_route, expressions, local_routes
+from .expressions import DnatRule, expressions
+from .kernel import LOCALHOST_METRIC, Kernel
+from .netlink import delete_local_route, interface_to, local_routes
+from .table import translations
 
 # Whose DNAT rules lead this host's localhost to containers, by the names of their tables and chains.
 PUBLISHERS = (("cni_hostport", "", "the reference plugin portmap"), ("nat", "CNI-DN-", "the reference plugin portmap"),
@@ -61,7 +63,7 @@ def _interfaces() -> list[str]:
 
 def _needed_by_others() -> Iterator[tuple[str, str]]:
     """Interfaces through which others lead localhost to a container, with who does; "" for every interface."""
-    for table, chain, raw in all_rules():
+    for table, chain, raw in translations():
         for its_table, prefix, publisher in PUBLISHERS:
             if table == its_table and chain.startswith(prefix) and (target := _target(raw)):
                 yield interface_to(4, inet_ntop(AF_INET, target)), f"{publisher} publishes a container there"

@@ -1,9 +1,10 @@
 """Take the whole table away: what an uninstaller needs, and what nobody else should want."""
 from typing import NamedTuple
 
-from . import portmap, ruleset
-from .kernel import Kernel
-from .localhost import Closing, close
+from .. import ruleset
+from ..linux.kernel import Kernel
+from ..linux.localhost import Closing, close
+from .flows import delete_released_flows
 
 
 class Teardown(NamedTuple):
@@ -29,10 +30,10 @@ def teardown(kernel: Kernel, force: bool = False, dry_run: bool = False) -> Tear
         if published and not force:
             return Teardown(published, True, True, Closing([], [], {}))
         chains = [owner.chain for owner, _ in published]
-        owned, targets = kernel.elements_of(chains), kernel.targets(chains)
+        owned, targets = kernel.owned_elements(chains), kernel.targets(chains)
         closing, table = close(kernel, dry_run), kernel.has_table()
         if table and not dry_run:
             kernel.transact(f"delete table {ruleset.TABLE}")
     if not dry_run:
-        portmap.forget_released(owned, targets, kernel)
+        delete_released_flows(owned, targets, kernel)
     return Teardown(published, False, table, closing)

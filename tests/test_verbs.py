@@ -4,14 +4,20 @@ import socket
 import types
 
 import pytest
-from helpers import (CHAIN, HANDLE, INODE, PORT, VARIABLES, RecordingKernel, attachment, base_comments,
+from helpers import (CHAIN, HANDLE, INODE, PORT, VARIABLES, RecordingKernel, attachment, base, base_comments,
                      configuration, elements, respond, verdicts)
 
-from cni_portmap import cni, portmap, restore, ruleset
+from cni_portmap import cni, ruleset
+from cni_portmap.verbs.add import add as publish
+from cni_portmap.verbs.check import check as check_attachment
+from cni_portmap.verbs.delete import delete
+from cni_portmap.verbs.gc import gc
+from cni_portmap.verbs.restore import prune, restore
+from cni_portmap.verbs.steps import repair_shared_chains
 
 WEB = attachment(PORT)
-BASE = ruleset.base(ruleset.BASE, (), {13})
-INTACT = {"comments": lambda chain: base_comments().get(chain, []), "has_chain": lambda chain: chain in ruleset.BASE}
+BASE = base()
+INTACT = {"comments": lambda chain: base_comments().get(chain, []), "has_chain": lambda chain: chain in ruleset.SHARED}
 OTHER = "c/other/eth0"
 OWN_RECORD = f"net=lab netns=/run/netns/web#{INODE}"
 OTHER_RECORD = "net=theirs netns=/run/netns/other#99"
@@ -20,11 +26,11 @@ OTHER_RECORD = "net=theirs netns=/run/netns/other#99"
 def holding(table, record=OTHER_RECORD, own=CHAIN, **answers):
     """Answers of a host with an intact base whose maps are `table`: (map, key) -> chain."""
     chains = {*table.values()}
-    return {**INTACT, "has_chain": lambda chain: chain in ruleset.BASE or chain in chains,
+    return {**INTACT, "has_chain": lambda chain: chain in ruleset.SHARED or chain in chains,
             "lookup": lambda wanted: {element: table[element] for element in wanted if element in table},
-            "claimants": lambda name, endings: [(chain, key[-8:]) for (its_name, key), chain in table.items()
+            "owners_of_port": lambda name, endings: [(chain, key[-8:]) for (its_name, key), chain in table.items()
                                                 if its_name == name and key[-8:] in endings],
-            "elements_of": lambda wanted: [(element, chain) for element, chain in table.items() if chain in wanted],
+            "owned_elements": lambda wanted: [(element, chain) for element, chain in table.items() if chain in wanted],
             "owner": lambda chain: ruleset.Owner(chain, OWN_RECORD if chain in (CHAIN, own) else record), **answers}
 
 
@@ -46,7 +52,7 @@ def mapping(host_ip="", protocol="tcp", host_port=8080, container_port=80):
 def add(kernel, *ports, **keys):
     """Publish ports; the CniError, or None."""
     try:
-        portmap.add(attachment(*ports or [PORT], **keys), kernel)
+        publish(attachment(*ports or [PORT], **keys), kernel)
     except cni.CniError as error:
         return error
     return None
@@ -70,18 +76,18 @@ def test_add():
     kernel = RecordingKernel(**INTACT)
     assert add(kernel) is None
     assert kernel.written == [ruleset.attach(WEB)]
-    assert not kernel.named("owners", "picture", "dry_run", "is_bound", "owner")
+    assert not kernel.named("owners", "snapshot", "dry_run", "port_in_use", "owner")
 
 
 def test_old_libnftables():
     """One that drops the rules of a chain is found out before anything is published."""
-    lossy = {"loses_rules": True, "has_chain": lambda chain: chain in ruleset.BASE}
+    lossy = {"loses_rules": True, "has_chain": lambda chain: chain in ruleset.SHARED}
     kernel = RecordingKernel(**lossy)
     error = add(kernel)
     assert error.code == 100 and "libnftables" in error.msg
     assert len(kernel.written) == 1 and CHAIN not in kernel.written[0]
     with pytest.raises(cni.CniError, match="libnftables"):
-        restore.restore([WEB], RecordingKernel(**lossy))
+        restore([WEB], RecordingKernel(**lossy))
 
 
 def test_add_order():
@@ -92,7 +98,7 @@ def test_add_order():
     lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
     assert set(order[:lock]) == {"namespace", "link", "dry_run"}
     assert order[transact + 1:unlock] == ["set_localnet", "allow_localhost6"]
-    assert set(order[unlock + 1:]) == {"forget"}
+    assert set(order[unlock + 1:]) == {"delete_flows"}
     assert {"interface_to_open", "lookup", "comments"} <= set(order[lock:transact])
 
 
@@ -149,7 +155,7 @@ def test_conflict(ours, theirs, conflict):
     error = add(kernel, mapping(**ours))
     assert (error is not None) == conflict
     if conflict:
-        assert error.code == 101 and not kernel.named("transact", "set_localnet", "allow_localhost6", "forget")
+        assert error.code == 101 and not kernel.named("transact", "set_localnet", "allow_localhost6", "delete_flows")
         words = ["tcp", "8080", "container other", "interface eth0", "network theirs"]
         assert all(word in error.args[0] for word in words)
         assert "/run/netns/other" in error.details
@@ -348,7 +354,8 @@ def noted(notes, **answers):
                 THIRD: ["net=lab"]}
     return {**holding(dict.fromkeys(elements(WEB), FIRST), own=SECOND),
             "comments": lambda chain: {**base_comments(), **comments}.get(chain, []),
-            "has_chain": lambda chain: chain in comments or chain in ruleset.BASE, "wanted_by": set(elements(WEB)),
+            "has_chain": lambda chain: chain in comments or chain in ruleset.SHARED,
+            "elements_wanted_by": set(elements(WEB)),
             **answers}
 
 
@@ -357,7 +364,7 @@ def test_second_interface(capfd):
     table = {elements(WEB)[0]: SECOND}
     kernel = RecordingKernel(**holding(table))
     assert add(kernel) is None
-    assert kernel.written == [ruleset.attach(WEB, table) + ruleset.stand_by(SECOND, "eth0")]
+    assert kernel.written == [ruleset.attach(WEB, table) + ruleset.standby_note(SECOND, "eth0")]
     assert "ipv6 . tcp . 8080 : goto" in kernel.written[0] and "ipv4 . tcp . 8080 : goto" not in kernel.written[0]
     cni.tell()
     assert "through interface eth1 already" in capfd.readouterr().err
@@ -378,11 +385,11 @@ def test_second_interface_again():
     (["eth1", "eth2"], {SECOND: elements(WEB), THIRD: elements(WEB)}, {SECOND: elements(WEB)})])
 def test_heirs(notes, wanted, leads):
     """When the first interface goes, its ports lead to who stands by, in order; heirs stand by for one another."""
-    kernel = RecordingKernel(**noted(notes, wanted_by=lambda chain: set(wanted[chain])))
-    portmap.delete("web-1", "eth0", kernel)
+    kernel = RecordingKernel(**noted(notes, elements_wanted_by=lambda chain: set(wanted[chain])))
+    delete("web-1", "eth0", kernel)
     [text] = kernel.written
     assert text.startswith(ruleset.detach([FIRST], elements(WEB)))
-    assert all(ruleset.lead(those, chain) in text for chain, those in leads.items())
+    assert all(ruleset.map_elements(those, chain) in text for chain, those in leads.items())
     assert text.count("elements = ") == len(leads)
     assert text.count("also on") == (len(leads) if len(wanted) > 1 else 0)
 
@@ -392,10 +399,10 @@ def test_heirs_of_replacement():
     kernel = RecordingKernel(**noted(["eth1"]))
     assert add(kernel, PORT) is None
     again = ruleset.detach([FIRST], elements(WEB)) + ruleset.attach(WEB)
-    assert kernel.written == [again + ruleset.stand_by(FIRST, "eth1")]
+    assert kernel.written == [again + ruleset.standby_note(FIRST, "eth1")]
     kernel = RecordingKernel(**noted(["eth1"]))
     assert add(kernel, mapping(host_port=9)) is None
-    assert ruleset.lead(elements(WEB), SECOND) in kernel.written[0]
+    assert ruleset.map_elements(elements(WEB), SECOND) in kernel.written[0]
 
 
 def test_own_dead_interface():
@@ -431,13 +438,13 @@ def test_hashed_name_is_own():
 @pytest.mark.parametrize("value, refused", [(None, False), ("ignore", False), ("refuse", True)])
 def test_bound(value, refused):
     """A port that a process uses is refused only if that is asked for (podman itself binds it before ADD)."""
-    kernel = RecordingKernel(is_bound=lambda family, *_: family == 6)
+    kernel = RecordingKernel(port_in_use=lambda family, *_: family == 6)
     error = add(kernel, hostPortInUse=value)
     if refused:
         assert (error.code, kernel.written) == (102, []) and "tcp port 8080 on ::" in error.args[0]
-        assert kernel.named("is_bound") == [("is_bound", 4, "tcp", "", 8080), ("is_bound", 6, "tcp", "", 8080)]
+        assert kernel.named("port_in_use") == [("port_in_use", 4, "tcp", "", 8080), ("port_in_use", 6, "tcp", "", 8080)]
     else:
-        assert error is None and not kernel.named("is_bound")
+        assert error is None and not kernel.named("port_in_use")
 
 
 # --- the base -------------------------------------------------------------------------------------------------
@@ -451,17 +458,17 @@ def base_written(comments, **keys):
     return kernel.written[0].removesuffix(ruleset.attach(attachment(PORT, **keys)))
 
 
-@pytest.mark.parametrize("chain", ruleset.BASE)
+@pytest.mark.parametrize("chain", ruleset.SHARED)
 def test_base_repaired(chain):
     """A chain that is missing, empty, from another version, or in another order is made anew, and no other."""
     comments = base_comments()
     missing = {name: those for name, those in comments.items() if name != chain}
-    assert base_written(missing) == ruleset.base([chain], (), {13})
-    damaged = [[], comments[chain][:-1], [comment.replace(f"{ruleset.SIGN}{ruleset.VERSION}", f"{ruleset.SIGN}0")
+    assert base_written(missing) == base([chain])
+    damaged = [[], comments[chain][:-1], [comment.replace(f"portmap {ruleset.BASE_VERSION}", "portmap 0")
                                           for comment in comments[chain]],
                [*reversed(comments[chain])] if len(comments[chain]) > 1 else []]
     for those in damaged:
-        assert base_written({**comments, chain: those}) == ruleset.base((), [chain], {13})
+        assert base_written({**comments, chain: those}) == base((), (chain,))
 
 
 def test_base_of_others():
@@ -476,9 +483,9 @@ def test_base_of_others():
 
 def test_base_mark_bits():
     """Another mark bit is one more masquerading rule; those that others asked for stay."""
-    assert base_written(base_comments(), markMasqBit=5) == ruleset.base((), ["postrouting"], {5, 13})
+    assert base_written(base_comments(), markMasqBit=5) == base((), ("postrouting",), {5, 13})
     assert base_written(base_comments((5, 13)), markMasqBit=5) == ""
-    assert base_written(base_comments((5, 13)), markMasqBit=7) == ruleset.base((), ["postrouting"], {5, 7, 13})
+    assert base_written(base_comments((5, 13)), markMasqBit=7) == base((), ("postrouting",), {5, 7, 13})
     assert base_written(base_comments((5, 13)), markMasqBit=5, snat=False) == ""
 
 
@@ -519,12 +526,12 @@ def test_localhost_fails():
 @pytest.mark.parametrize("noted, opened", [(True, []), (False, ["cni0"])])
 def test_upgrade_notes_what_is_open(monkeypatch, noted, opened):
     """A table of 0.1.0 does not say what was opened: whoever writes the new base notes it."""
-    monkeypatch.setattr("cni_portmap.localhost.interfaces_of_published", lambda kernel: ["cni0"])
-    old = {chain: [comment.replace(f"{ruleset.VERSION}:", "1:") for comment in comments]
+    monkeypatch.setattr("cni_portmap.linux.localhost.interfaces_of_published", lambda kernel: ["cni0"])
+    old = {chain: [comment.replace(f"{ruleset.BASE_VERSION}:", "1:") for comment in comments]
            for chain, comments in base_comments().items()}
     kernel = RecordingKernel(has_chain=True, comments=lambda chain: old.get(chain, []), notes_opened=noted)
-    assert portmap.repair_base(kernel)
-    assert kernel.written == [ruleset.base((), ruleset.BASE, {13}) + ruleset.note_opened(opened)]
+    assert repair_shared_chains(kernel)
+    assert kernel.written == [base((), tuple(ruleset.SHARED)) + ruleset.note_opened(opened)]
 
 
 def test_repair_base():
@@ -532,7 +539,7 @@ def test_repair_base():
     for answers, needed in (INTACT, False), ({"has_table": False}, False), ({}, True):
         for dry_run in False, True:
             kernel = RecordingKernel(**answers)
-            assert portmap.repair_base(kernel, dry_run) == needed
+            assert repair_shared_chains(kernel, dry_run) == needed
             assert kernel.written == [BASE] * (needed and not dry_run)
 
 
@@ -547,7 +554,7 @@ def test_localhost6_impossible(capfd):
 
 def test_delete_unknown(kernel):
     """Nothing of its own: success, without the lock."""
-    portmap.delete("web-1", "eth0", kernel)
+    delete("web-1", "eth0", kernel)
     assert kernel.calls == [("has_chain", CHAIN)]
 
 
@@ -556,7 +563,7 @@ def test_delete():
     table = {**dict.fromkeys(elements(WEB), CHAIN),
              ("hostports", ruleset.key_of(attachment(mapping(host_port=9)).ports[0])): OTHER}
     kernel = RecordingKernel(**holding(table))
-    portmap.delete("web-1", "eth0", kernel)
+    delete("web-1", "eth0", kernel)
     assert kernel.written == [ruleset.detach([CHAIN], elements(WEB))]
 
 
@@ -564,7 +571,7 @@ def test_delete_race():
     """Whom another call overtook between the look and the lock writes nothing."""
     there = iter([True, False])
     kernel = RecordingKernel(has_chain=lambda chain: next(there))
-    portmap.delete("web-1", "eth0", kernel)
+    delete("web-1", "eth0", kernel)
     assert kernel.written == [] and [call[0] for call in kernel.calls][:3] == ["has_chain", "lock", "has_chain"]
 
 
@@ -594,7 +601,7 @@ HANDLES = {owner.chain: HANDLE for owner in OWNERS}
 def test_gc(valid, removed):
     """What this network's attachments left behind goes; other networks' and unknown owners' stay."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES)
-    portmap.gc("lab", valid, kernel)
+    gc("lab", valid, kernel)
     assert kernel.written == ([ruleset.detach(removed, [])] if removed else [])
 
 
@@ -602,7 +609,7 @@ def test_gc_spares_what_was_written_meanwhile():
     """What was listed is removed, not what has come back since under the same name."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES,
                              handle=lambda chain: HANDLE + (chain == "c/a/eth0"))
-    portmap.gc("lab", set(), kernel)
+    gc("lab", set(), kernel)
     assert kernel.written == [ruleset.detach(["c/a/eth1", "c/b/eth0"], [])]
 
 
@@ -610,11 +617,11 @@ def test_prune():
     """The dead go, the others are told; nothing is judged under the lock."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=lambda owners: {
         owner.chain: ("dead" if owner.container_id in "ab" else "unknown", "") for owner in owners})
-    found = restore.prune(kernel)
+    found = prune(kernel)
     assert [state for _, (state, _) in found] == ["dead"] * 3 + ["unknown"] * 2 and "judge" not in locked(kernel)
     assert kernel.written == [ruleset.detach(["c/a/eth0", "c/a/eth1", "c/b/eth0"], [])]
     again = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
-    assert len(restore.prune(again, dry_run=True)) == 5 and again.written == []
+    assert len(prune(again, dry_run=True)) == 5 and again.written == []
 
 
 def test_gc_goes_on():
@@ -624,7 +631,7 @@ def test_gc_goes_on():
             raise cni.CniError(100, "refused")
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, transact=transact)
     with pytest.raises(cni.CniError) as caught:
-        portmap.gc("lab", set(), kernel)
+        gc("lab", set(), kernel)
     assert caught.value.code == 100 and "2" in caught.value.args[0] and caught.value.details.count("refused") == 2
     assert kernel.written[-1] == ruleset.detach(["c/b/eth0"], [])
 
@@ -663,19 +670,19 @@ HOOK = (b"hook", b"policy", b"type")
 
 
 def intact(**answers):
-    """A kernel that has WEB as it should be: a picture is a hook, then rules, here by their numbers."""
-    def picture(chain):
-        return [HOOK, *range(len([*ruleset.rules_of(WEB)] if chain == CHAIN else ruleset.base_rules(chain, {13})))]
-    mirror = RecordingKernel(picture=picture)
-    kernel = RecordingKernel(**{**holding(dict.fromkeys(elements(WEB), CHAIN)), "picture": picture, "references": 2,
-                                "mirror": mirror, **answers})
-    kernel.answers["mirror"] = lambda: mirror
-    return kernel, mirror, picture
+    """A kernel that has WEB as it should be: a snapshot is a hook, then rules, here by their numbers."""
+    def snapshot(chain):
+        return [HOOK, *range(len([*ruleset.rules_of(WEB)] if chain == CHAIN else ruleset.shared_rules(chain, [])))]
+    empty = RecordingKernel(snapshot=snapshot)
+    kernel = RecordingKernel(**{**holding(dict.fromkeys(elements(WEB), CHAIN)), "snapshot": snapshot, "references": 2,
+                                **answers})
+    kernel.answers["enter_empty_namespace"] = lambda: empty
+    return kernel, empty, snapshot
 
 
 def check(kernel, *ports):
     try:
-        portmap.check(attachment(*ports or [PORT]), kernel)
+        check_attachment(attachment(*ports or [PORT]), kernel)
     except cni.CniError as error:
         return error
     return None
@@ -683,11 +690,11 @@ def check(kernel, *ports):
 
 def test_check():
     """What ADD would have written is written elsewhere, and is what is there; nothing is written here."""
-    kernel, mirror, _ = intact()
+    kernel, empty, _ = intact()
     assert check(kernel) is None
-    assert kernel.written == [] and mirror.written == [BASE + ruleset.attach(WEB)]
+    assert kernel.written == [] and empty.written == [BASE + ruleset.attach(WEB)]
     reads = [call[0] for call in kernel.calls]
-    assert reads.index("lock") < reads.index("lookup") and reads.index("unlock") < reads.index("mirror")
+    assert reads.index("lock") < reads.index("lookup") and reads.index("unlock") < reads.index("enter_empty_namespace")
 
 
 @pytest.mark.parametrize("record, answers, word", [
@@ -699,40 +706,40 @@ def test_check():
     (f"net=lab netns=/run/netns/web#{INODE} link=veth1#7 pod=shop/web", {"glance": ("alive", "")}, "")])
 def test_check_judges_the_owner(record, answers, word):
     """CHECK compares namespaces, not their paths; a container that is gone has nothing that is in order."""
-    kernel, mirror, _ = intact()
+    kernel, empty, _ = intact()
     kernel.answers |= {"owner": lambda chain: ruleset.Owner(chain, record), **answers}
     error = check(kernel)
     assert (error is None) == (not word) and (error is None or (error.code == 104 and word in error.msg))
     if not word:
-        assert f'counter comment "{record}"' in mirror.written[0]
+        assert f'counter comment "{record}"' in empty.written[0]
 
 
 def test_check_foreign_rules():
     """Rules of others, before, between and after ours, don't matter."""
-    kernel, _, picture = intact()
-    kernel.answers["picture"] = lambda chain: [HOOK, "mine",
-                                               *(each for rule in picture(chain)[1:] for each in (rule, "mine"))]
+    kernel, _, snapshot = intact()
+    kernel.answers["snapshot"] = lambda chain: [HOOK, "mine",
+                                               *(each for rule in snapshot(chain)[1:] for each in (rule, "mine"))]
     assert check(kernel) is None
 
 
-CHAINS = [*ruleset.BASE, CHAIN]
+CHAINS = [*ruleset.SHARED, CHAIN]
 
 
 @pytest.mark.parametrize("chain, damage, word", [
-    *((chain, lambda picture: [], "is missing") for chain in CHAINS),
-    *((chain, lambda picture: [(b"", *HOOK[1:]), *picture[1:]], "not hooked") for chain in ruleset.BASE),
-    *((chain, lambda picture: picture[:-1], "missing or altered") for chain in CHAINS),
-    *((chain, lambda picture: [*picture[:-1], "altered"], "missing or altered") for chain in CHAINS),
-    *((chain, lambda picture: [HOOK, *reversed(picture[1:])], "missing or altered")
+    *((chain, lambda snapshot: [], "is missing") for chain in CHAINS),
+    *((chain, lambda snapshot: [(b"", *HOOK[1:]), *snapshot[1:]], "not hooked") for chain in ruleset.SHARED),
+    *((chain, lambda snapshot: snapshot[:-1], "missing or altered") for chain in CHAINS),
+    *((chain, lambda snapshot: [*snapshot[:-1], "altered"], "missing or altered") for chain in CHAINS),
+    *((chain, lambda snapshot: [HOOK, *reversed(snapshot[1:])], "missing or altered")
       for chain in ["dispatch", "guard", CHAIN])])
 def test_check_damage(chain, damage, word):
     """A chain that is missing, hooked elsewhere, or lacks a rule is named, with the rule that should be there."""
-    kernel, _, picture = intact()
-    kernel.answers["picture"] = lambda name: damage(picture(name)) if name == chain else picture(name)
+    kernel, _, snapshot = intact()
+    kernel.answers["snapshot"] = lambda name: damage(snapshot(name)) if name == chain else snapshot(name)
     error = check(kernel)
     assert error.code == 104 and f"chain {chain} " in error.args[0].replace(":", " ") and word in error.args[0]
     if word == "missing or altered":
-        rules = [f'{rule} comment "{comment}"' for rule, comment in ruleset.base_rules(chain, {13})] \
+        rules = [f'{rule} comment "{comment}"' for rule, comment in ruleset.shared_rules(chain, [])] \
             if chain != CHAIN else [*ruleset.rules_of(WEB)]
         assert error.details in (rules[1:] or rules)
 
@@ -761,11 +768,11 @@ def test_check_hashed_name(container_id, home):
                        prevResult=UNBOUND)
     theirs = attachment(PORT, environ=HASHED, prevResult=UNBOUND)
     chain = ruleset.chain_of(theirs.container_id, theirs.ifname)
-    kernel, mirror, _ = intact(lookup=dict.fromkeys(elements(found), chain), references=0, picture=[HOOK],
+    kernel, empty, _ = intact(lookup=dict.fromkeys(elements(found), chain), references=0, snapshot=[HOOK],
                                owner=ruleset.Owner(chain, "".join(ruleset.record_of(theirs))))
-    mirror.answers["picture"] = [HOOK]
+    empty.answers["snapshot"] = [HOOK]
     with contextlib.nullcontext() if home else pytest.raises(cni.CniError, match="does not lead to the container"):
-        portmap.check(found, kernel)
+        check_attachment(found, kernel)
 
 
 def test_check_no_ports():
@@ -792,7 +799,7 @@ def test_forget_after_add():
     """After ADD the flows of udp and sctp that still go elsewhere are forgotten, once for each; tcp's are new flows."""
     kernel = RecordingKernel(**LOCAL)
     add(kernel, PORT, mapping(protocol="udp"), mapping(protocol="sctp"), mapping(protocol="udp", host_port=53))
-    assert [call[1] for call in kernel.named("forget")] == [17, 132]
+    assert [call[1] for call in kernel.named("delete_flows")] == [17, 132]
 
 
 @pytest.mark.parametrize("found, stale", [
@@ -805,7 +812,7 @@ def test_stale_after_add(found, stale):
     """Stale is what asks this host for the port and is answered by anybody but the container."""
     kernel = RecordingKernel(**LOCAL)
     add(kernel, mapping(protocol="udp"))
-    [(_, _, filters, is_stale)] = kernel.named("forget")
+    [(_, _, filters, is_stale)] = kernel.named("delete_flows")
     assert is_stale(found) == stale
     assert sorted(filters()) == sorted((4 if len(ip) == 4 else 6, 8080, ip, b"") for ip in LOCAL["local_addresses"])
 
@@ -817,7 +824,7 @@ def test_stale_after_add_on_one_address(found, stale):
     """Published on one address, other addresses' live flows are spared."""
     kernel = RecordingKernel(**LOCAL)
     add(kernel, mapping("192.0.2.1", "udp"))
-    [(_, protocol, filters, is_stale)] = kernel.named("forget")
+    [(_, protocol, filters, is_stale)] = kernel.named("delete_flows")
     assert (protocol, is_stale(found), filters()) == (17, stale, [(4, 8080, *pack("192.0.2.1"), b"")])
 
 
@@ -830,13 +837,13 @@ def test_stale_after_delete(found, stale):
     table = dict.fromkeys([elements(attachment(PORT))[0], *elements(attachment(mapping("192.0.2.1", host_port=53)))],
                           CHAIN)
     kernel = RecordingKernel(**holding(table, targets={CHAIN: pack("10.88.0.2")}))
-    portmap.delete("web-1", "eth0", kernel)
-    [(_, protocol, filters, is_stale)] = kernel.named("forget")
+    delete("web-1", "eth0", kernel)
+    [(_, protocol, filters, is_stale)] = kernel.named("delete_flows")
     target = pack("10.88.0.2").pop()
     assert (protocol, is_stale(found)) == (6, stale)
     assert sorted(filters()) == sorted([(4, 8080, b"", target), (4, 53, *pack("192.0.2.1"), target)])
     order = [call[0] for call in kernel.calls]
-    assert order.index("unlock") < order.index("forget")
+    assert order.index("unlock") < order.index("delete_flows")
 
 
 def test_forget_after_replacement():
@@ -844,7 +851,7 @@ def test_forget_after_replacement():
     old = dict.fromkeys(elements(attachment(PORT, mapping(host_port=9))), CHAIN)
     kernel = RecordingKernel(**holding(old, targets={CHAIN: pack("10.88.0.2", "fd88::2")}))
     add(kernel, PORT)
-    [(_, protocol, _, is_stale)] = kernel.named("forget")
+    [(_, protocol, _, is_stale)] = kernel.named("delete_flows")
     assert protocol == 6
     assert [is_stale(flow("192.0.2.1", port, "10.88.0.2")) for port in (9, 8080)] == [True, False]
 
@@ -861,7 +868,7 @@ def test_restore(kernel):
     """What the kernel has lost is written again: the base, then all the rest at once; then localhost is opened."""
     kernel.answers["interface_to_open"] = "cni0"
     second = other("second", mapping(host_port=9))
-    assert restore.restore([WEB, second], kernel) == ([WEB, second], [])
+    assert restore([WEB, second], kernel) == ([WEB, second], [])
     assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second) + ruleset.note_opened(["cni0"])]
     assert kernel.calls[0] == ("lock",)
     assert [name for name, *_ in kernel.named("transact", "set_localnet")] == ["transact", "transact", "set_localnet"]
@@ -870,13 +877,13 @@ def test_restore(kernel):
 def test_restore_after_a_flush(kernel):
     """With the table its notes are gone: what leads to the restored is taken for opened by this plugin."""
     kernel.answers.update(notes_opened=False, interface_to_open=lambda ip, anyway: "cni0" if anyway else "")
-    restore.restore([WEB], kernel)
+    restore([WEB], kernel)
     assert kernel.written[-1] == ruleset.attach(WEB) + ruleset.note_opened(["cni0"])
 
 
 def test_restore_dry_run(kernel):
     """A dry run says the same, and writes nothing."""
-    assert restore.restore([WEB], kernel, dry_run=True) == ([WEB], [])
+    assert restore([WEB], kernel, dry_run=True) == ([WEB], [])
     assert not kernel.named("transact", "set_localnet", "allow_localhost6")
 
 
@@ -884,14 +891,14 @@ def test_restore_nothing_lost():
     """What is there is left alone."""
     kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN)))
     kernel.answers["comments"] = lambda chain: base_comments().get(chain) or [""] * len([*ruleset.rules_of(WEB)])
-    assert restore.restore([WEB], kernel) == ([], []) and kernel.written == []
+    assert restore([WEB], kernel) == ([], []) and kernel.written == []
 
 
 @pytest.mark.parametrize("ours, theirs, conflict", OVERLAPS)
 def test_restore_conflict(kernel, ours, theirs, conflict):
     """Of two that claim one port the first gets it, and the second is reported with the owner's name."""
     first, second = other("first", mapping(**theirs)), other("second", mapping(**ours))
-    restored, refused = restore.restore([first, second], kernel)
+    restored, refused = restore([first, second], kernel)
     assert restored == ([first] if conflict else [first, second])
     assert [(each, error.code) for each, error in refused] == [(second, 101)] * conflict
     assert len(kernel.written) == 2 and all("container first" in error.args[0] for _, error in refused)
@@ -900,9 +907,9 @@ def test_restore_conflict(kernel, ours, theirs, conflict):
 def test_restore_two_interfaces(kernel):
     """Both interfaces of one container come back; the port leads to the first, as ADD left it."""
     first, second = other("web-1"), other("web-1", ifname="eth1")
-    assert restore.restore([first, second], kernel) == ([first, second], [])
+    assert restore([first, second], kernel) == ([first, second], [])
     both = ruleset.attach(first) + ruleset.attach(second, elements(second))
-    assert kernel.written == [BASE, both + ruleset.stand_by(CHAIN, "eth1")]
+    assert kernel.written == [BASE, both + ruleset.standby_note(CHAIN, "eth1")]
 
 
 @pytest.mark.parametrize("damaged", [[CHAIN], ["c/web-1/eth1"], [CHAIN, "c/web-1/eth1"]], ids=len)
@@ -915,14 +922,14 @@ def test_restore_who_stands_by(damaged, order):
     notes = {CHAIN: [""] * 9 + ["also on eth1"], "c/web-1/eth1": [""] * 9}
     kernel.answers["comments"] = lambda chain: base_comments().get(chain) or \
         (notes[chain] if chain not in damaged else [])
-    restored, refused = restore.restore(both[::order], kernel)
+    restored, refused = restore(both[::order], kernel)
     assert not refused
     if CHAIN in damaged:
         assert restored == both[::order]
         text, first = kernel.written[0], restored[0]
         holder, second = (f"c/web-1/{each.ifname}" for each in restored)
         assert text.endswith(ruleset.attach(first) + ruleset.attach(restored[1], elements(WEB)) +
-                             ruleset.stand_by(holder, restored[1].ifname)) and text.count("elements = ") == 1
+                             ruleset.standby_note(holder, restored[1].ifname)) and text.count("elements = ") == 1
         assert text.startswith("delete element") and f"delete chain inet cni_portmap {second}\n" in text
     else:
         assert restored == both[1:] and "element" not in kernel.written[0]
@@ -932,8 +939,8 @@ def test_restore_keeps_notes():
     """A chain that is mended still notes who stands by."""
     kernel = RecordingKernel(**noted(["eth1"]))
     kernel.answers["comments"] = lambda chain: {**base_comments(), CHAIN: ["net=lab", "also on eth1"]}.get(chain, [])
-    restore.restore([WEB], kernel)
-    assert ruleset.stand_by(CHAIN, "eth1") in kernel.written[0]
+    restore([WEB], kernel)
+    assert ruleset.standby_note(CHAIN, "eth1") in kernel.written[0]
 
 
 def test_restore_looks_again(kernel):
@@ -944,7 +951,7 @@ def test_restore_looks_again(kernel):
     def is_current(attachment):
         asked.append(kernel.calls[-1][0] != "unlock" and ("lock",) in kernel.calls)
         return attachment is second
-    assert restore.restore([first, second], kernel, False, is_current) == ([second], [])
+    assert restore([first, second], kernel, False, is_current) == ([second], [])
     assert asked == [True, True] and "c/first" not in "".join(kernel.written)
 
 
@@ -953,13 +960,13 @@ def test_restore_judges_all_at_once():
     table = {element: chain for index, chain in enumerate([OTHER, "c/third/eth0"])
              for element in elements(other("x", mapping(host_port=80 + index)))}
     kernel = RecordingKernel(**holding(table, judge=dead))
-    lost, refused = restore.restore([other("a", mapping(host_port=80)), other("b", mapping(host_port=81))], kernel)
+    lost, refused = restore([other("a", mapping(host_port=80)), other("b", mapping(host_port=81))], kernel)
     assert len(lost) == 2 and not refused and len(kernel.named("judge")) == 1 and "judge" not in locked(kernel)
 
 
 def test_restore_twice_remembered(kernel):
     """An attachment that two folders remember is written once."""
-    restore.restore([WEB, attachment(PORT)], kernel)
+    restore([WEB, attachment(PORT)], kernel)
     assert kernel.written == [BASE, ruleset.attach(WEB)]
 
 
@@ -1000,7 +1007,7 @@ def test_every_call_fails(name):
         assert len(kernel.named("unlock")) == len(kernel.named("lock")) - failed
 
 
-@pytest.mark.parametrize("fails", ["transact", "forget"])
+@pytest.mark.parametrize("fails", ["transact", "delete_flows"])
 def test_retry_after_commit(fails):
     """Where ADD failed in or after its transaction, the next one replaces what it may have left."""
     first = RecordingKernel()

@@ -13,15 +13,17 @@ Source: namespaces(7), proc(5), Documentation/filesystems/proc.rst (mountinfo, h
 """
 import posix
 
+from . import EINVAL, ENOENT, ESRCH
+
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .ruleset import Owner
+    from ..ruleset import Owner
 
     Verdict = tuple[str, str]  # ALIVE, DEAD or UNKNOWN; and why, as the end of a message
 
-ENOENT, ESRCH, EINVAL, SIGKILL = 2, 3, 22, 9
+SIGKILL = 9
 PATH_SECONDS = 1
 ALIVE, DEAD, UNKNOWN = "alive", "dead", "unknown"
 FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h

@@ -1,0 +1,94 @@
+"""The values that everything is about: an attachment, its addresses, its published ports; how an address is read.
+
+Source of the words: containernetworking/cni SPEC.md, "attachment"; inet_pton(3).
+"""
+from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+
+from .cni import ConfigError
+
+AF = {4: AF_INET, 6: AF_INET6}
+PROTOCOLS = ("tcp", "udp", "sctp")
+DEFAULT_MARK_BIT = 13  # the reference plugin's
+
+
+class Address:
+    """An address of the container: `family` 4 or 6, `ip` in canonical text, `network` it is in ("10.88.0.0/16")."""
+
+    __slots__ = ("family", "ip", "network")
+
+    def __init__(self, family: int, ip: str, network: str) -> None:
+        self.family, self.ip, self.network = family, ip, network
+
+
+class Port:
+    """One published port: `host_ip` ("" for every address of the family) and `host_port` lead to `container_port`."""
+
+    __slots__ = ("family", "protocol", "host_ip", "host_port", "container_port")
+
+    def __init__(self, family: int, protocol: str, host_ip: str, host_port: int, container_port: int) -> None:
+        self.family, self.protocol, self.host_ip = family, protocol, host_ip
+        self.host_port, self.container_port = host_port, container_port
+
+    def __str__(self) -> str:
+        ip = self.host_ip or ("0.0.0.0" if self.family == 4 else "::")
+        return f"{self.protocol} port {self.host_port} on {ip}"
+
+
+class Attachment:
+    """A container's interface in a network, and all that it publishes.
+
+    `netns`: path of the container's network namespace, or ""; `inode`: what it led to, 0 where that is not known.
+    `addresses`: by family. `mark_bit`: 0 to 31, or None where nothing is masqueraded; `masq_all`: everybody is.
+    `conditions`: nft match text by family. `localhost6`: whether [::1] is opened. `refuse_port_in_use`: whether a port
+    that a process of the host uses is refused. `pod`: the name that people know, "shop/web-7d9f", or "". `links`: the
+    interfaces of the host that prevResult names, of which `link` is the container's own, as name#index, or "".
+    """
+
+    __slots__ = ("container_id", "ifname", "network", "netns", "inode", "addresses", "ports", "mark_bit",
+                 "masq_all", "conditions", "localhost6", "refuse_port_in_use", "pod", "links", "link")
+
+    def __init__(self, container_id: str, ifname: str, network: str, *, netns: str = "", inode: int = 0,
+                 addresses: dict[int, Address] | None = None, ports: tuple[Port, ...] = (),
+                 mark_bit: int | None = None, masq_all: bool = False,
+                 conditions: dict[int, str] | None = None, localhost6: bool = True,
+                 refuse_port_in_use: bool = False, pod: str = "", links: tuple[str, ...] = (), link: str = "") -> None:
+        self.container_id, self.ifname, self.network = container_id, ifname, network
+        self.netns, self.inode = netns, inode
+        self.addresses, self.ports = addresses or {}, ports
+        self.mark_bit, self.masq_all, self.conditions = mark_bit, masq_all, conditions or {}
+        self.localhost6, self.refuse_port_in_use = localhost6, refuse_port_in_use
+        self.pod, self.links, self.link = pod, links, link
+
+
+_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, IPv4-mapped IPv6 (RFC 4291, 2.5.5.2)
+
+
+def parse_ip(text: object, path: str) -> tuple[int, str]:
+    """Family (4 or 6) and canonical text of an address; IPv4-mapped IPv6 is IPv4."""
+    if type(text) is not str:
+        raise ConfigError(path)
+    for family, kind in (4, AF_INET), (6, AF_INET6):
+        try:
+            packed = inet_pton(kind, text)
+        except (OSError, ValueError):  # ValueError: NUL or a lone surrogate in the text
+            continue
+        if packed[:12] == _MAPPED:
+            return 4, inet_ntop(AF_INET, packed[12:])
+        return family, inet_ntop(kind, packed)
+    raise ConfigError(path)
+
+
+def parse_cidr(text: object, path: str) -> Address:
+    """An address with its prefix length, as IPAM plugins write it: "10.88.0.2/16"."""
+    if type(text) is not str:
+        raise ConfigError(path)
+    host, _, length = text.partition("/")
+    family, ip = parse_ip(host, path)
+    if not (length.isascii() and length.isdigit() and len(length) < 4):
+        raise ConfigError(path)
+    kind, bits = (AF_INET, 32) if family == 4 else (AF_INET6, 128)
+    prefix = int(length) - 96 if family == 4 and ":" in host else int(length)
+    if not 0 <= prefix <= bits:
+        raise ConfigError(path)
+    number = int.from_bytes(inet_pton(kind, ip), "big") >> bits - prefix << bits - prefix
+    return Address(family, ip, f"{inet_ntop(kind, number.to_bytes(bits // 8, 'big'))}/{prefix}")

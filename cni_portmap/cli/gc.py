@@ -1,0 +1,30 @@
+"""cni-portmap gc."""
+import argparse
+import json
+
+from ..linux.kernel import Kernel
+from ..verbs.restore import prune
+
+HELP = "remove what containers left behind whose network namespace is gone"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--dry-run", action="store_true", help="show what would be removed, and write nothing")
+
+
+def run(options: argparse.Namespace, kernel: Kernel) -> int:
+    """Remove what belongs to the dead, and name those that cannot be judged."""
+    found = prune(kernel, options.dry_run)
+    dead = [(owner, why) for owner, (state, why) in found if state == "dead"]
+    unknown = [(owner, why) for owner, (state, why) in found if state == "unknown"]
+    if options.json:
+        print(json.dumps([{"container": owner.container_id, "interface": owner.ifname, "network": owner.network,
+                           "netns": owner.netns} for owner, _ in dead], indent=2))
+    else:
+        for owner, why in dead:
+            print(f"{'would remove' if options.dry_run else 'removed'} {owner}: {why}")
+        for owner, why in unknown:
+            print(f"kept {owner}: {why}")
+        print(f"{len(dead)} dead" + (" (dry run)" if options.dry_run else ""))
+    return 0

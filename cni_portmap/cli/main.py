@@ -1,0 +1,54 @@
+"""Runs one command."""
+import argparse
+import importlib
+import json
+import sys
+from types import ModuleType
+
+from ..cni import CniError, tell
+from ..linux.kernel import Kernel
+
+COMMANDS = ("list", "restore", "gc", "teardown", "validate", "version", "completion")  # in the order of --help
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0 fine, 1 a failure or a finding, 2 wrong usage."""
+    options = parser().parse_args(arguments)
+    kernel = Kernel()
+    try:
+        status: int = options.run(options, kernel)
+    except CniError as error:
+        if options.json:
+            print(json.dumps({"code": error.code, "msg": error.msg, "details": error.details}))
+        print(f"cni-portmap: {error.msg}\n  {error.details}".rstrip(), file=sys.stderr)
+        status = 1
+    except BrokenPipeError:  # `cni-portmap list | head`
+        sys.stderr.close()
+        status = 1
+    tell()
+    kernel.leave()
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="machine-readable output")
+    whole = argparse.ArgumentParser(prog="cni-portmap", description="Container ports published with nftables.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        command = module(name)
+        sub = commands.add_parser(name, parents=[common], help=command.HELP,
+                                  description=command.HELP[0].upper() + command.HELP[1:] + ".")
+        command.arguments(sub)
+        sub.set_defaults(run=command.run)
+    return whole
+
+
+def module(name: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""cni-portmap restore."""
+import argparse
+import json
+
+from ..attachment import Attachment
+from ..cni import tell
+from ..libcni_cache import CACHE_DIRS, Memory
+from ..linux.kernel import Kernel
+from ..verbs.restore import restore
+from ..verbs.steps import repair_shared_chains
+
+HELP = "publish again what a firewall reload has removed"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
+    parser.add_argument("--cache", metavar="DIR", action="append", help="a results folder of libcni, in place of "
+                        f"{', '.join(CACHE_DIRS)} (may be repeated)")
+    parser.add_argument("--plugin", metavar="TYPE", default="portmap", help="its type in conflists (default: portmap)")
+    parser.add_argument("--base-only", action="store_true", help="repair only what all containers share, such as the "
+                        "guard of localhost")
+
+
+def run(options: argparse.Namespace, kernel: Kernel) -> int:
+    """Publish again what is lost; 1 where some could not be."""
+    live: list[Attachment] = []
+    skipped: list[dict[str, str]] = []
+    if options.base_only:
+        return _repair_base(options, kernel)
+    memory = Memory(options.cache or CACHE_DIRS, options.plugin, kernel)
+    for path, found in memory.found:
+        if isinstance(found, Attachment):
+            live.append(found)
+        else:
+            skipped.append({"file": str(path), "reason": str(found)})
+    lost, refused = restore(live, kernel, options.dry_run, memory.is_current)
+    tell()
+    report = {"restored": [_name(each) for each in lost],
+              "refused": [{**_name(each), "reason": error.msg} for each, error in refused],
+              "in_place": len(live) - len(lost) - len(refused), "skipped": skipped}
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 1 if refused else 0
+    for each in lost:
+        print(f"{'would restore' if options.dry_run else 'restored'} container {each.container_id}, interface "
+              f"{each.ifname}, network {each.network}: {len(each.ports)} ports")
+    for each, error in refused:
+        print(f"cannot restore container {each.container_id}: {error.msg}")
+    print(f"{len(lost)} restored, {len(live) - len(lost) - len(refused)} in place, {len(refused)} refused, "
+          f"{len(skipped)} skipped" + (" (dry run)" if options.dry_run else ""))
+    return 1 if refused else 0
+
+
+def _name(attachment: Attachment) -> dict[str, object]:
+    return {"container": attachment.container_id, "interface": attachment.ifname, "network": attachment.network,
+            "ports": len(attachment.ports)}
+
+
+def _repair_base(options: argparse.Namespace, kernel: Kernel) -> int:
+    repaired = repair_shared_chains(kernel, options.dry_run)
+    if options.json:
+        print(json.dumps({"repaired": repaired}))
+    else:
+        print(("would repair" if options.dry_run else "repaired") + " what containers share" if repaired else
+              "nothing to repair")
+    return 0

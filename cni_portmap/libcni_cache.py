@@ -1,0 +1,118 @@
+"""What libcni remembers: a file for each attachment, with which lost ports can be published again.
+
+libcni writes them at ADD and removes them at DEL (libcni/api.go, cachedInfo, kind cniCacheV1), in its results folder.
+"""
+import base64
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from . import ruleset
+from .attachment import Attachment
+from .cni import CniError, ConfigError, Request, environment_error
+from .config import parse
+from .explain import explain
+from .linux.alive import DEAD
+from .linux.kernel import Kernel
+
+
+# Where runtimes let libcni keep its files: podman and CRI-O, containerd, cnitool and nerdctl use the default.
+CACHE_DIRS = ("/var/lib/cni/results", "/var/lib/cni/cache/results", "/run/cni/results")
+
+
+class Skipped(Exception):
+    """A cache file that leads to nothing that could be restored, and why."""
+
+
+class Memory:
+    """What libcni remembers now: each cache file, the oldest first, with the attachment that it describes.
+
+    `found`: each file with a live attachment (one that cannot be judged counts as alive), or with the reason why not.
+    """
+
+    def __init__(self, folders: Iterable[str | os.PathLike[str]] = CACHE_DIRS, plugin: str = "portmap",
+                 kernel: Kernel | None = None) -> None:
+        self._kernel = kernel or Kernel()
+        self._files: dict[int, tuple[pathlib.Path, object]] = {}  # by the attachment's id
+        files = [path for folder in folders for path in pathlib.Path(folder).glob("*") if path.is_file()]
+        read = [(path, _identity(path), _read(path, plugin, self._kernel)) for path in sorted(files, key=_age)]
+        by_link: dict[str, set[str]] = {}
+        for _, _, each in read:
+            if isinstance(each, Attachment) and each.link:
+                by_link.setdefault(each.link, set()).add(ruleset.chain_of(each.container_id, each.ifname))
+        for _, _, each in read:  # a link that several are said to have is one's whose namespace is there, or nobody's
+            if isinstance(each, Attachment) and len(by_link.get(each.link, ())) > 1 and not each.inode:
+                each.link = ""
+        unseen = {str(id(each)): each.netns for _, _, each in read
+                  if isinstance(each, Attachment) and not each.link and not each.inode}
+        verdicts = self._kernel.judge(ruleset.Owner(name, f"netns={netns}") for name, netns in unseen.items())
+        dead = {int(name): why for name, (state, why) in verdicts.items() if state == DEAD}
+        self.found: list[tuple[pathlib.Path, Attachment | Skipped]] = []
+        for path, identity, each in read:
+            self._files[id(each)] = path, identity
+            self.found.append((path, Skipped(dead[id(each)]) if id(each) in dead else each))
+
+    def is_current(self, attachment: Attachment) -> bool:
+        """Whether its file is still the same, and its link is there. Cannot hang, so the lock may be held."""
+        path, identity = self._files[id(attachment)]
+        return _identity(path) == identity and (not attachment.link or self._kernel.has_link(attachment.link))
+
+
+def _read(path: pathlib.Path, plugin: str, kernel: Kernel) -> Attachment | Skipped:
+    try:
+        return _attachment(json.loads(path.read_bytes()), plugin, kernel)
+    except Skipped as reason:
+        return reason
+    except CniError as error:
+        return Skipped(f"{error.msg}; {error.details}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        return Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
+
+
+def _identity(path: pathlib.Path) -> object:
+    """What changes when a file is written again, None where it has gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _age(path: pathlib.Path) -> tuple[float, str]:
+    try:
+        return path.stat().st_mtime, path.name
+    except OSError:  # a runtime has just removed it
+        return 0, path.name
+
+
+def _attachment(cache: dict[str, Any], plugin: str, kernel: Kernel) -> Attachment:
+    if cache.get("kind") != "cniCacheV1":
+        raise Skipped("not a file of libcni's cache")
+    conflist = json.loads(base64.b64decode(cache["config"]))
+    plugins = conflist.get("plugins", [conflist])
+    config = next((entry for entry in plugins if entry.get("type") == plugin), None)
+    arguments = cache.get("capabilityArgs") or {}
+    if config is None or not arguments.get("portMappings") or \
+            (config.get("capabilities") or {}).get("portMappings") is not True:
+        raise Skipped("publishes nothing")
+    result, ifname = cache["result"], cache["ifName"]
+    netns = cache.get("netns") or next((interface["sandbox"] for interface in result.get("interfaces", ())
+                                        if interface.get("sandbox") and interface.get("name") == ifname), "")
+    if not netns:
+        raise Skipped("its network namespace is not known")
+    config = {**config, "name": cache.get("networkName") or conflist["name"], "prevResult": result,
+              "runtimeConfig": {"portMappings": arguments["portMappings"]}}
+    environ = {"CNI_CONTAINERID": cache["containerId"], "CNI_NETNS": netns, "CNI_IFNAME": ifname,
+               "CNI_ARGS": ";".join(f"{key}={value}" for key, value in cache.get("cniArgs") or ())}
+    wrong = environment_error("ADD", environ)
+    if wrong:
+        raise wrong
+    try:
+        attachment = parse(Request("ADD", conflist.get("cniVersion", "0.1.0"), environ, config, json.dumps(result)))
+    except ConfigError as error:
+        raise explain(config, error) from None
+    attachment.link = kernel.link(attachment.links) if attachment.links else ""
+    attachment.inode = max(kernel.namespace_soon(netns), 0)
+    return attachment

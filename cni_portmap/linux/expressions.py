@@ -1,0 +1,113 @@
+"""Reads a rule back from its expressions, whichever version of libnftables has compiled it.
+
+Source: include/uapi/linux/netfilter/nf_tables.h; the enums' names are the kernel's.
+"""
+from .netlink import attributes, text
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 2
+NFTA_DATA_VALUE = 1
+NFTA_PAYLOAD_DREG, NFTA_PAYLOAD_BASE, NFTA_PAYLOAD_OFFSET = 1, 2, 3
+NFTA_META_DREG, NFTA_META_KEY = 1, 2
+NFTA_CMP_SREG, NFTA_CMP_OP, NFTA_CMP_DATA = 1, 2, 3
+NFTA_RANGE_SREG, NFTA_RANGE_FROM_DATA, NFTA_RANGE_TO_DATA = 1, 3, 4
+NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS = 1, 2, 3, 5
+NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA = 1, 2
+NFTA_COUNTER_PACKETS = 2
+NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MIN = 3, 5
+NFT_CMP_EQ, NFT_CMP_LTE, NFT_CMP_GTE = 0, 3, 5
+_META = -1  # in place of a header
+_L4PROTO = (_META, 16)  # NFT_META_L4PROTO
+_DPORT = (2, 2)  # NFT_PAYLOAD_TRANSPORT_HEADER, offset
+_DADDR = {4: (1, 16), 16: (1, 24)}  # size: NFT_PAYLOAD_NETWORK_HEADER, offset
+
+
+def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
+    """Name and attributes of each expression of a rule (enum nft_expr_attributes)."""
+    for _, expression in attributes(raw):
+        found = dict(attributes(expression))
+        yield text(found.get(NFTA_EXPR_NAME, b"")), dict(attributes(found.get(NFTA_EXPR_DATA, b"")))
+
+
+class DnatRule:
+    """A dnat rule, read from its expressions: the ports that it takes, and where they go.
+
+    `ports`: host port -> container port; `protocol`: a number; `packets`: how many connections were made through it;
+    `daddr`: the destination address that it asks for, packed, b"" for none; `target`: the container's address, packed,
+    b"" where it is no dnat rule. It reads what `ruleset` lets libnftables compile: comparisons of the destination
+    port, an anonymous set or map of ports (`elements` fetches one by its name), immediate addresses and ports.
+    """
+
+    __slots__ = ("daddr", "packets", "ports", "protocol", "target",
+                 "_elements", "_highest", "_loaded", "_lowest", "_mapped", "_values")
+
+    def __init__(self, raw: bytes, elements: "Callable[[bytes], Iterable[tuple[bytes, bytes]]]") -> None:
+        self.packets, self.protocol, self.daddr, self.target = 0, 0, b"", b""
+        self.ports: dict[int, int] = {}
+        self._elements = elements
+        self._loaded: dict[bytes, tuple[int, int]] = {}  # register -> base and offset of the header field in it
+        self._values: dict[bytes, bytes] = {}  # register -> what it is set to
+        self._lowest, self._highest = 0, 65535
+        self._mapped: dict[int, int] = {}
+        for name, fields in expressions(raw):
+            if name in _READERS:
+                _READERS[name](self, fields)
+
+    def _payload(self, fields: dict[int, bytes]) -> None:
+        if NFTA_PAYLOAD_DREG in fields:
+            self._loaded[fields[NFTA_PAYLOAD_DREG]] = \
+                _number(fields[NFTA_PAYLOAD_BASE]), _number(fields[NFTA_PAYLOAD_OFFSET])
+
+    def _meta(self, fields: dict[int, bytes]) -> None:
+        if NFTA_META_DREG in fields:
+            self._loaded[fields[NFTA_META_DREG]] = _META, _number(fields[NFTA_META_KEY])
+
+    def _cmp(self, fields: dict[int, bytes]) -> None:
+        value, operator = _value(fields[NFTA_CMP_DATA]), _number(fields[NFTA_CMP_OP])
+        where = self._loaded.get(fields[NFTA_CMP_SREG])
+        if where == _DADDR.get(len(value)) and operator == NFT_CMP_EQ:
+            self.daddr = self.daddr or value
+        elif where == _L4PROTO:
+            self.protocol = value[0]
+        elif where == _DPORT:
+            if operator in (NFT_CMP_EQ, NFT_CMP_GTE):
+                self._lowest = _number(value)
+            if operator in (NFT_CMP_EQ, NFT_CMP_LTE):
+                self._highest = _number(value)
+
+    def _range(self, fields: dict[int, bytes]) -> None:
+        if self._loaded.get(fields[NFTA_RANGE_SREG]) == _DPORT:
+            self._lowest = _number(_value(fields[NFTA_RANGE_FROM_DATA]))
+            self._highest = _number(_value(fields[NFTA_RANGE_TO_DATA]))
+
+    def _lookup(self, fields: dict[int, bytes]) -> None:
+        if self._loaded.get(fields[NFTA_LOOKUP_SREG]) == _DPORT and NFTA_LOOKUP_DREG in fields:
+            self._mapped = {_number(key[:2]): _number(data[:2])
+                            for key, data in self._elements(fields[NFTA_LOOKUP_SET])}
+
+    def _immediate(self, fields: dict[int, bytes]) -> None:
+        self._values[fields[NFTA_IMMEDIATE_DREG]] = _value(fields[NFTA_IMMEDIATE_DATA])
+
+    def _counter(self, fields: dict[int, bytes]) -> None:
+        self.packets = _number(fields[NFTA_COUNTER_PACKETS])
+
+    def _nat(self, fields: dict[int, bytes]) -> None:
+        self.target = self._values.get(fields.get(NFTA_NAT_REG_ADDR_MIN, b""), b"")
+        port = _number(self._values.get(fields.get(NFTA_NAT_REG_PROTO_MIN, b""), b"")[:2])
+        self.ports = self._mapped or {host: port or host for host in range(self._lowest, self._highest + 1)}
+
+
+_READERS = {"payload": DnatRule._payload, "meta": DnatRule._meta, "cmp": DnatRule._cmp, "range": DnatRule._range,
+            "lookup": DnatRule._lookup, "immediate": DnatRule._immediate, "counter": DnatRule._counter,
+            "nat": DnatRule._nat}
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def _value(data: bytes) -> bytes:
+    return dict(attributes(data)).get(NFTA_DATA_VALUE, b"")

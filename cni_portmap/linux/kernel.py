@@ -1,0 +1,334 @@
+"""This host's kernel, as the verbs see it: what is read, what is written, and the lock between the two."""
+import posix
+from _socket import (AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV6_V6ONLY, SCM_RIGHTS, SO_REUSEADDR, SOCK_DGRAM,
+                     SOCK_STREAM, SOL_SOCKET, if_indextoname, if_nametoindex, socket, socketpair)
+from _struct import pack
+
+from .. import ruleset
+from ..attachment import AF
+from ..cni import IFNAME, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, is_ifname, warn
+from . import EADDRINUSE, ENOENT, ENOTDIR, EPERM, HINTS, read, system_error
+from .table import Table
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import TracebackType
+
+    from ..ruleset import Owner
+    from .alive import Verdict
+    from .conntrack import Filter, Flow
+    from .libnftables import Libnftables
+
+LOCK = "/run/cni-portmap.lock"
+LOCK_SECONDS = 30  # 200 plugins at once need less than one
+LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
+CLONE_NEWNET = 0x40000000
+
+
+class Lock:
+    """One plugin process at a time between reading the ruleset and writing it.
+
+    A file lock, so the kernel releases it when its holder dies. The file is root's own: nobody else can open it,
+    and so cannot hold it.
+    """
+
+    def __enter__(self) -> bool:
+        """Whether another had it, so that there was a wait."""
+        import _signal
+        import fcntl
+
+        def too_late(*_: object) -> None:
+            raise CniError(TRY_AGAIN_LATER, f"{LOCK} is held by another call for {LOCK_SECONDS} seconds",
+                           f"see who holds it: fuser -v {LOCK}")
+        waited = False
+        try:
+            while True:
+                self._fd = posix.open(LOCK, posix.O_RDWR | posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC, 0o600)
+                status = posix.fstat(self._fd)
+                if status.st_uid != posix.geteuid() or status.st_mode & 0o77:
+                    raise CniError(IO_FAILURE, f"{LOCK} is open to other users", f"remove it: rm {LOCK}")
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waited = True
+                    before = _signal.signal(_signal.SIGALRM, too_late)
+                    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGALRM])  # a runtime may have blocked it
+                    _signal.setitimer(_signal.ITIMER_REAL, LOCK_SECONDS)
+                    try:
+                        fcntl.flock(self._fd, fcntl.LOCK_EX)
+                    finally:
+                        _signal.setitimer(_signal.ITIMER_REAL, 0)
+                        _signal.signal(_signal.SIGALRM, before)
+                try:
+                    if posix.stat(LOCK).st_ino == status.st_ino:
+                        return waited
+                except FileNotFoundError:
+                    pass
+                posix.close(self._fd)  # removed while we waited: lock the one that others will find
+        except OSError as error:
+            raise system_error(f"cannot lock {LOCK}", error) from None
+
+    def __exit__(self, kind: "type[BaseException] | None", error: BaseException | None,
+                 traceback: "TracebackType | None") -> None:
+        posix.close(self._fd)
+
+
+class Kernel(Table):
+    """Our table, and what surrounds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nft: Libnftables | None = None
+        self._empty: Kernel | None = None
+        self._local: set[bytes] | None = None
+
+    # --- who lives ---
+
+    def link(self, names: "Sequence[str]") -> str:
+        """The host's end of a container's link, as name#index, among these interfaces; "" for none.
+
+        It goes with its other end, so with the container's network namespace; a bridge does not, nor does a tap.
+        """
+        from .netlink import paired_link
+        try:
+            name, index = paired_link(names)
+        except OSError as error:
+            raise system_error("cannot read the links of this host", error) from None
+        return f"{name}#{index}" if name else ""
+
+    def has_link(self, link: str) -> bool:
+        """Whether the link is there that was name#index. One with another name is the same: somebody renamed it."""
+        try:
+            return bool(if_indextoname(int(link.rpartition("#")[2])))
+        except (OSError, OverflowError):
+            return False
+
+    def namespace(self, path: str) -> int:
+        """The inode of the network namespace that `path` leads to; -1 for none, 0 where that cannot be known.
+
+        A path may hang (NFS, FUSE), so it is not asked under the lock.
+        """
+        try:
+            found, own = posix.stat(path), posix.stat("/proc/self/ns/net")
+        except OSError as error:
+            return -1 if error.errno in (ENOENT, ENOTDIR) else 0
+        except ValueError:  # no path at all
+            return -1
+        return found.st_ino if found.st_dev == own.st_dev else -1  # a file that is left where it was mounted
+
+    def namespace_soon(self, path: str) -> int:
+        """`namespace`, asked by a child that gets one second; 0 where it does not come back."""
+        from .alive import in_a_second
+        return in_a_second(lambda: self.namespace(path))
+
+    def glance(self, owner: "Owner") -> "Verdict | None":
+        """Who lives, as far as that is known without looking for it; None where it is not. It cannot hang."""
+        if not owner.link:
+            return None
+        from .alive import by_link
+        return by_link(owner, self.has_link(owner.link))
+
+    def judge(self, owners: "Iterable[Owner]") -> "dict[str, Verdict]":
+        """Who lives, by their chains. Takes its time, so it is not asked under the lock."""
+        from .alive import judge
+        return judge(owners, self.has_link, self.namespace_soon)
+
+    def wait_for(self, owner: "Owner", handle: int, seconds: float) -> float:
+        """Wait until an owner's chain, which has this handle, has changed or its link has gone; the seconds that took.
+
+        Not longer than `seconds`, and never under the lock.
+        """
+        from .alive import until
+        return until(lambda: self.handle(owner.chain) != handle or
+                     bool(owner.link and not self.has_link(owner.link)), seconds)
+
+    # --- writing ---
+
+    def lock(self) -> Lock:
+        """What to hold between reading and writing."""
+        return Lock()
+
+    def transact(self, text: str) -> None:
+        """Run nft commands, a line each, as one transaction: all of them or none."""
+        problem = self._libnftables().run(text)
+        if problem:
+            hint = "nothing was written"
+            if "Operation not permitted" in problem:
+                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
+                    HINTS[EPERM]
+            raise CniError(NFT_REFUSED, f"nftables refused: {problem}", hint)
+
+    def dry_run(self, text: str) -> str:
+        """What nft or the kernel has against a transaction, "" for nothing. Writes nothing."""
+        return self._libnftables().run(text, dry=True)
+
+    def _libnftables(self) -> "Libnftables":
+        if self._nft is None:
+            from .libnftables import Libnftables
+            self._nft = Libnftables()
+        return self._nft
+
+    def enter_empty_namespace(self) -> "Kernel":
+        """Move this process to a new, empty network namespace, to write there what should be and look at it."""
+        from .libnftables import import_lightly
+        ctypes = import_lightly("ctypes")
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+            raise system_error("cannot make a network namespace to compare with", OSError(ctypes.get_errno(), ""))
+        self._empty = Kernel()  # kept, see `leave`
+        return self._empty
+
+    # --- what surrounds the rules ---
+
+    def port_in_use(self, family: int, protocol: str, host_ip: str, host_port: int) -> bool:
+        """Whether a process of this host uses the port, by bind(2)'s own judgement."""
+        kind = SOCK_DGRAM if protocol == "udp" else SOCK_STREAM
+        try:
+            probe = socket(AF[family], kind, IPPROTO_SCTP if protocol == "sctp" else 0)
+        except OSError:
+            return False  # no IPv6, or no SCTP: nobody can listen there
+        try:
+            if family == 6:
+                probe.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1)
+            if protocol != "udp":
+                probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)  # connections that end are not listeners
+            probe.bind((host_ip, host_port))
+        except OSError as error:
+            return error.errno == EADDRINUSE
+        finally:
+            probe.close()
+        return False
+
+    def interface_to_open(self, ip: str, anyway: bool = False) -> str:
+        """The interface that leads to `ip` and does not yet let packets from 127.0.0.0/8 out; "" for none.
+
+        `anyway`: also where it lets them out. Raises CniError(5) where `set_localnet` could not open it.
+        """
+        from .netlink import interface_to
+        name = interface_to(4, ip)
+        if not name or (self.localnet(name) and not anyway):
+            return ""
+        if not is_ifname(name):
+            raise CniError(IO_FAILURE, f"interface {name!r} leads to the container, and cannot be noted in nftables",
+                           f"give it a name of {IFNAME}")
+        path = _localnet(name)
+        try:
+            posix.close(posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC))
+        except OSError as error:
+            raise system_error(f"cannot write 1 to {path}", error) from None
+        return name
+
+    def localnet(self, name: str) -> bool:
+        """Whether packets from 127.0.0.0/8 may leave through the interface `name`; False where it is gone."""
+        try:
+            return read(_localnet(name)) == b"1"
+        except OSError as error:
+            raise system_error(f"cannot read {_localnet(name)}", error) from None
+
+    def set_localnet(self, name: str, value: bool) -> None:
+        """Let packets from 127.0.0.0/8 leave through the interface `name`, or let them no more.
+
+        Source: net.ipv4.conf.*.route_localnet, Documentation/networking/ip-sysctl.rst.
+        """
+        try:
+            fd = posix.open(_localnet(name), posix.O_WRONLY | posix.O_CLOEXEC)
+            try:
+                posix.write(fd, b"1" if value else b"0")
+            finally:
+                posix.close(fd)
+        except OSError as error:
+            raise system_error(f"cannot write {value:d} to {_localnet(name)}", error) from None
+
+    def notes_opened(self) -> bool:
+        """Whether the table notes what was opened: that of cni-portmap 0.1.0 did not."""
+        return self.has_set(ruleset.OPENED)
+
+    def opened(self) -> "list[str]":
+        """The interfaces that this plugin has opened to 127.0.0.0/8, as its table notes them."""
+        names = (key.rstrip(b"\0").decode(errors="replace")
+                 for key, _ in self.set_elements(f"{ruleset.OPENED}\0".encode()))
+        return [name for name in names if is_ifname(name)]
+
+    def opened_and_gone(self) -> "list[str]":
+        """Those of `opened` that do not exist any more."""
+        return [name for name in self.opened() if not _is_interface(name)]
+
+    def allow_localhost6(self, ip: str) -> str:
+        """Let replies to ::1 in through the interface that leads to `ip`; why that is not possible, or "".
+
+        The kernel looks up ::1 only on an interface that has a local route for it (ip6_pol_route, RT6_LOOKUP_F_IFACE).
+        """
+        from .netlink import add_local_route, link_kind, route_interface
+        try:
+            interface = route_interface(6, ip)
+            if not interface:
+                return f"no interface leads to {ip}"
+            if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and link_kind(interface) == "bridge":
+                return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
+            add_local_route("::1", interface, LOCALHOST_METRIC)
+        except OSError as error:
+            return f"no local route for ::1: {posix.strerror(error.errno or 0)}"
+        return ""
+
+    def delete_flows(self, protocol: int, filters: "Callable[[], list[Filter]]",
+                     is_stale: "Callable[[Flow], bool]") -> None:
+        """Delete stale flows from connection tracking. A failure is one line on stderr.
+
+        Each of `filters` names some for the kernel to find and delete by itself. Where that would cost more than to
+        list all flows, `is_stale` picks them from the list.
+        """
+        from .conntrack import delete_flows
+        try:
+            delete_flows(protocol, filters, is_stale, self.open_socket)
+        except OSError as error:
+            warn(f"stale connections may live on: conntrack: {posix.strerror(error.errno or 0)}")
+
+    def local_addresses(self) -> set[bytes]:
+        """This host's addresses, packed; not the link-local ones, which nothing is forwarded from (RFC 4291, 2.5.6)."""
+        if self._local is None:
+            from .netlink import local_addresses
+            self._local = {address for address in local_addresses()
+                           if len(address) == 4 or address[0] != 0xfe or address[1] & 0xc0 != 0x80}
+        return self._local
+
+    # --- the end ---
+
+    def leave(self) -> None:
+        """Let the kernel close this process's netlink sockets, without waiting for it: the last act of a process.
+
+        After a transaction that deleted something, closing takes 11 to 13 ms (an RCU grace period), though its effect
+        is there at once. So the sockets go into a message to a socket pair that nothing but that message refers to:
+        the kernel's collector of such cycles (unix_gc, a worker of its own since Linux 6.9) closes them. Older kernels
+        collect at once, and this costs what an ordinary close does. No process is left behind.
+        """
+        sockets = [*self._descriptors()]
+        if not sockets:
+            return
+        try:
+            near, far = socketpair(AF_UNIX, SOCK_DGRAM)
+            near.sendmsg([b"close"], [(SOL_SOCKET, SCM_RIGHTS, pack(f"={len(sockets) + 1}i", far.fileno(), *sockets))])
+            for fd in sockets:
+                posix.close(fd)
+            far.close()  # it lives on in its own message,
+            near.close()  # and the end of a socket like this one wakes the collector
+        except OSError:
+            pass  # then they close when the process ends
+
+    def _descriptors(self) -> "Iterable[int]":
+        """This process's netlink sockets that are for nf_tables."""
+        yield from (netlink.fileno() for netlink in self._sockets)
+        if self._nft is not None and self._nft.fd >= 0:
+            yield self._nft.fd
+        if self._empty is not None:
+            yield from self._empty._descriptors()
+
+
+def _localnet(interface: str) -> str:
+    return f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"
+
+
+def _is_interface(name: str) -> bool:
+    try:
+        return bool(if_nametoindex(name))
+    except OSError:
+        return False

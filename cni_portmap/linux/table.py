@@ -1,0 +1,315 @@
+"""Reads our nf_tables table, by netlink: chains, rules, elements. Writing is libnftables' part.
+
+Source: include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h; the enums' names are the kernel's.
+"""
+
+from .. import ruleset
+from ..cni import FOREIGN_TABLE, CniError
+from . import EINVAL, ENOENT, system_error
+from .netlink import NETLINK_NETFILTER, Socket, attribute, attributes, named, nested, text
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ..ruleset import Element, Owner
+    from .expressions import DnatRule
+
+NFPROTO_INET, NFPROTO_IPV4 = 1, 2
+NFGENMSG = bytes((NFPROTO_INET, 0, 0, 0))  # family, version, resource
+NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM = (
+    10 << 8 | message for message in (1, 4, 7, 10, 13))  # NFNL_SUBSYS_NFTABLES
+NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
+NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
+NFTA_CHAIN_TABLE, NFTA_CHAIN_HANDLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 2, 3, 4
+NFTA_CHAIN_POLICY, NFTA_CHAIN_USE, NFTA_CHAIN_TYPE = 5, 6, 7
+NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 1, 2, 4, 7
+NFTA_SET_TABLE, NFTA_SET_NAME = 1, 2
+NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
+NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA = 1, 2
+NFTA_LIST_ELEM = 1
+NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CHAIN = 1, 2, 2
+NFTNL_UDATA_RULE_COMMENT = 0
+MANY_PORTS = 100  # above, listing all of the maps is quicker than to ask for each element
+
+
+class Table:
+    """One table of the family `inet`. Raises CniError where it cannot be read."""
+
+    def __init__(self, name: str = ruleset.TABLE_NAME) -> None:
+        self._name = name
+        self._sockets: list[Socket] = []  # all that are open
+        self._asked: Socket | None = None  # the one for questions
+
+    # --- asking ---
+
+    def _netlink(self) -> Socket:
+        if self._asked is None:
+            self._asked = self.open_socket()
+        return self._asked
+
+    def open_socket(self) -> Socket:
+        """A socket of NETLINK_NETFILTER that is open until `close`."""
+        self._sockets.append(Socket(NETLINK_NETFILTER))
+        return self._sockets[-1]
+
+    def close(self) -> None:
+        """Close what was opened; the next question opens it again."""
+        self._asked = None
+        while self._sockets:
+            self._sockets.pop().close()
+
+    def _ask(self, kind: int, *bodies: bytes) -> list[bytes | None]:
+        """One answer for each message, None where there is nothing of that name."""
+        try:
+            return self._netlink().ask_each(kind, bodies)
+        except OSError as error:
+            raise _reading_failed(error) from None
+
+    def _dump(self, kind: int, body: bytes = NFGENMSG) -> list[bytes]:
+        """All objects of a kind; none where the set or table that was named does not exist."""
+        try:
+            return self._netlink().dump(kind, body)
+        except OSError as error:
+            if error.errno == ENOENT and kind == NFT_MSG_GETSETELEM:
+                return []
+            raise _reading_failed(error) from None
+
+    # --- the table ---
+
+    def has_table(self) -> bool:
+        """Whether the table is there."""
+        return self._flags() is not None
+
+    def is_dormant(self) -> bool:
+        """Whether somebody put the table to sleep: `add table inet cni_portmap { flags dormant; }`."""
+        return bool((self._flags() or 0) & NFT_TABLE_F_DORMANT)
+
+    def is_owned(self) -> bool:
+        """Whether another program owns the table; False where that cannot be read."""
+        try:
+            return bool((self._flags() or 0) & NFT_TABLE_F_OWNER)
+        except CniError:
+            return False
+
+    def _flags(self) -> int | None:
+        """The table's flags (enum nft_table_flags), None where there is no such table."""
+        answer, = self._ask(NFT_MSG_GETTABLE, NFGENMSG + named(NFTA_TABLE_NAME, self._name))
+        if answer is None:
+            return None
+        return int.from_bytes(dict(attributes(answer, 4)).get(NFTA_TABLE_FLAGS, b"\0"), "big")
+
+    # --- chains ---
+
+    def _chain(self, chain: str) -> dict[int, bytes] | None:
+        """A chain's attributes (enum nft_chain_attributes), None where there is no such chain."""
+        answer, = self._ask(NFT_MSG_GETCHAIN, NFGENMSG + named(NFTA_CHAIN_TABLE, self._name) +
+                            named(NFTA_CHAIN_NAME, chain))
+        return None if answer is None else dict(attributes(answer, 4))
+
+    def has_chain(self, chain: str) -> bool:
+        """Whether the table has such a chain."""
+        return self._chain(chain) is not None
+
+    def handle(self, chain: str) -> int:
+        """The chain's handle, which no other chain has had or will have; 0 for no chain."""
+        return _handle(self._chain(chain) or {})
+
+    def handles(self) -> dict[str, int]:
+        """The handle of each chain of the table."""
+        chains = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETCHAIN))
+        return {text(found[NFTA_CHAIN_NAME]): _handle(found) for found in chains
+                if found.get(NFTA_CHAIN_TABLE) == self._name.encode() + b"\0"}
+
+    def references(self, chain: str) -> int:
+        """How many map elements and rules lead to `chain` (NFTA_CHAIN_USE less its own rules)."""
+        use = (self._chain(chain) or {}).get(NFTA_CHAIN_USE, b"")
+        return int.from_bytes(use, "big") - len(self.rules(chain))
+
+    # --- rules ---
+
+    def rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
+        """Chain, comment ("" for none) and expressions (raw) of the rules of `chain`, or of the whole table."""
+        body = NFGENMSG + named(NFTA_RULE_TABLE, self._name) + (named(NFTA_RULE_CHAIN, chain) if chain else b"")
+        rules = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body))
+        return [(text(found.get(NFTA_RULE_CHAIN, b"")), _comment(found.get(NFTA_RULE_USERDATA, b"")),
+                 found.get(NFTA_RULE_EXPRESSIONS, b"")) for found in rules]
+
+    def comments(self, chain: str) -> list[str]:
+        """The comments of a chain's rules, "" for a rule without one."""
+        return [comment for _, comment, _ in self.rules(chain)]
+
+    def owner(self, chain: str) -> "Owner":
+        """Whom an attachment's chain belongs to."""
+        return ruleset.Owner(chain, _record(self.comments(chain)))
+
+    def owners(self) -> "list[Owner]":
+        """Whom every attachment's chain belongs to. Reads the whole table."""
+        found: dict[str, list[str]] = {}
+        for chain, comment, _ in self.rules():
+            if ruleset.is_attachment_chain(chain):
+                found.setdefault(chain, []).append(comment)
+        return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
+
+    def dnat_rules(self, chain: str) -> "list[DnatRule]":
+        """What a chain's rules translate."""
+        from .expressions import DnatRule
+        found = (DnatRule(raw, self.set_elements) for _, _, raw in self.rules(chain))
+        return [rule for rule in found if rule.target]
+
+    def targets(self, chains: "Iterable[str]") -> dict[str, set[bytes]]:
+        """The container addresses, packed, that each chain translates to."""
+        return {chain: {rule.target for rule in self.dnat_rules(chain)} for chain in chains}
+
+    def snapshot(self, chain: str) -> "list[tuple[object, ...]]":
+        """What a chain is, comparable with the same chain elsewhere: how it is hooked, then each of its rules.
+
+        Counters have no values in it, and anonymous sets their elements in place of their names.
+        """
+        from .expressions import expressions
+        found = self._chain(chain)
+        if found is None:
+            return []
+        hook = tuple(found.get(kind) for kind in (NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE))
+        return [hook, *((comment, *(self._comparable(name, fields) for name, fields in expressions(raw)))
+                        for _, comment, raw in self.rules(chain))]
+
+    def _comparable(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
+        from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
+        if name == "counter":
+            return (name,)
+        if name == "lookup" and found[NFTA_LOOKUP_SET].startswith(b"__"):
+            return (name, *sorted(self._raw_elements(text(found[NFTA_LOOKUP_SET]))),
+                    *(found.get(kind) for kind in (NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS)))
+        return (name, *sorted(found.items()))
+
+    # --- sets and maps ---
+
+    def has_set(self, name: str) -> bool:
+        """Whether the table has a set or map of that name."""
+        answer, = self._ask(NFT_MSG_GETSET, NFGENMSG + named(NFTA_SET_TABLE, self._name) + named(NFTA_SET_NAME, name))
+        return answer is not None
+
+    def lookup(self, elements: "Iterable[Element]") -> "dict[Element, str]":
+        """The chain that each map element leads to; those that do not exist are left out."""
+        wanted = [*elements]
+        bodies = (NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name) +
+                  nested(NFTA_SET_ELEM_LIST_ELEMENTS,
+                         nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))))
+                  for name, key in wanted)
+        answers = self._ask(NFT_MSG_GETSETELEM, *bodies)
+        return {element: chain for element, answer in zip(wanted, answers, strict=True) if answer is not None
+                for raw in _list_elements(answer) for _, chain in _verdict(raw)}
+
+    def elements(self) -> "list[tuple[Element, str]]":
+        """All map elements, each with the chain that it leads to."""
+        return [((name, key), chain) for name in ruleset.MAPS for key, chain in self._verdicts(name)]
+
+    def owners_of_port(self, name: str, endings: "Iterable[bytes]") -> list[tuple[str, bytes]]:
+        """Chain and ending of each element of a map whose key ends like one of `endings` (protocol and port)."""
+        wanted = frozenset(endings)
+        return [(chain, key[ruleset.PROTOCOL_AND_PORT]) for key, chain in self._verdicts(name)
+                if key[ruleset.PROTOCOL_AND_PORT] in wanted]
+
+    def set_elements(self, name: bytes) -> "list[tuple[bytes, bytes]]":
+        """Key and value of each element of a set or map (a name as the kernel has it)."""
+        found = (dict(attributes(raw)) for raw in self._raw_elements(text(name)))
+        return [(_data(each, NFTA_SET_ELEM_KEY), _data(each, NFTA_SET_ELEM_DATA)) for each in found]
+
+    def _verdicts(self, name: str) -> "Iterator[tuple[bytes, str]]":
+        for raw in self._raw_elements(name):
+            yield from _verdict(raw)
+
+    def _raw_elements(self, name: str) -> "Iterator[bytes]":
+        body = NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name)
+        for answer in self._dump(NFT_MSG_GETSETELEM, body):
+            yield from _list_elements(answer)
+
+    # --- what is whose ---
+
+    def elements_wanted_by(self, chain: str) -> "set[Element]":
+        """The map elements that could lead to a chain: its rules have something for them."""
+        return {element for rule in self.dnat_rules(chain)
+                for element in ruleset.elements_for(rule.target, rule.daddr, rule.protocol, rule.ports)}
+
+    def owned_elements(self, chains: "Iterable[str]") -> "list[tuple[Element, str]]":
+        """The map elements that lead to one of `chains`, each with its chain: what they own."""
+        owned = []
+        unknown = set()
+        for chain in chains:
+            references = self.references(chain)
+            found = self.lookup(self.elements_wanted_by(chain)) if references <= MANY_PORTS else {}
+            its = [(element, chain) for element, its_chain in found.items() if its_chain == chain]
+            owned += its
+            if len(its) != references:  # many, or the chain's rules do not tell: the maps do
+                unknown.add(chain)
+        if unknown:
+            owned = [item for item in owned if item[1] not in unknown]
+            owned += [item for item in self.elements() if item[1] in unknown]
+        return owned
+
+
+def translations() -> "Iterator[tuple[str, str, bytes]]":
+    """Table, chain and expressions (raw) of the rules of every table that may translate IPv4 (families ip and inet)."""
+    netlink = Socket(NETLINK_NETFILTER)
+    try:
+        for answer in netlink.dump(NFT_MSG_GETRULE, bytes(4)):
+            if answer[0] in (NFPROTO_INET, NFPROTO_IPV4):
+                found = dict(attributes(answer, 4))
+                yield text(found.get(NFTA_RULE_TABLE, b"")), text(found.get(NFTA_RULE_CHAIN, b"")), \
+                    found.get(NFTA_RULE_EXPRESSIONS, b"")
+    finally:
+        netlink.close()
+
+
+def _reading_failed(error: OSError) -> CniError:
+    if error.errno == EINVAL:
+        return CniError(FOREIGN_TABLE, f"table {ruleset.TABLE} has a set or map that this plugin did not make",
+                        f"its maps are {', '.join(ruleset.MAPS)}; see: nft list table {ruleset.TABLE}")
+    return system_error("cannot read nf_tables", error)
+
+
+def _handle(chain: dict[int, bytes]) -> int:
+    return int.from_bytes(chain.get(NFTA_CHAIN_HANDLE, b""), "big")
+
+
+def _list_elements(answer: bytes) -> "Iterator[bytes]":
+    """The elements in a message that lists some, each raw (enum nft_set_elem_attributes)."""
+    for kind, found in attributes(answer, 4):
+        if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
+            for _, element in attributes(found):
+                yield element
+
+
+def _data(element: dict[int, bytes], kind: int) -> bytes:
+    return dict(attributes(element.get(kind, b""))).get(NFTA_DATA_VALUE, b"")
+
+
+def _verdict(element: bytes) -> "Iterator[tuple[bytes, str]]":
+    """Key and chain of a verdict map's element; none for a catch-all element, which has no key."""
+    found = dict(attributes(element))
+    key = _data(found, NFTA_SET_ELEM_KEY)
+    data = dict(attributes(found.get(NFTA_SET_ELEM_DATA, b"")))
+    if key:
+        yield key, text(dict(attributes(data.get(NFTA_DATA_VERDICT, b""))).get(NFTA_VERDICT_CHAIN, b""))
+
+
+def _comment(userdata: bytes) -> str:
+    """The comment among a rule's user data (libnftnl's own format: type, length, value)."""
+    at = 0
+    while at + 2 <= len(userdata):
+        kind, length = userdata[at], userdata[at + 1]
+        if kind == NFTNL_UDATA_RULE_COMMENT:
+            return userdata[at + 2:at + 1 + length].decode(errors="replace")
+        at += 2 + length
+    return ""
+
+
+def _record(comments: "Iterable[str]") -> str:
+    """The owner's record at the head of a chain: the comments up to the first rule without one."""
+    record = []
+    for comment in comments:
+        if not comment:
+            break
+        record.append(comment)
+    return "".join(record)

@@ -1,0 +1,77 @@
+"""CHECK: compare the kernel with what ADD would have written."""
+from .. import ruleset
+from ..attachment import Attachment
+from ..cni import CHECK_FAILED, CniError
+from .steps import chains_of_container, missing_in_order
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..linux.kernel import Kernel
+    from ..ruleset import Owner
+
+
+def check(attachment: Attachment, kernel: "Kernel") -> None:
+    """Compare the kernel with what ADD would have written: that is written in an empty network namespace.
+
+    Raises CniError(104), naming the first piece that is missing or altered.
+    """
+    chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+    attachment.inode = kernel.namespace(attachment.netns)
+    wanted = ruleset.elements_of(attachment)
+    names = (*ruleset.SHARED, chain)
+    with kernel.lock():
+        dormant = kernel.is_dormant()
+        found = kernel.lookup(wanted)
+        real = {name: kernel.snapshot(name) for name in names}
+        references = kernel.references(chain)
+        owner = kernel.owner(chain)
+    if dormant:
+        raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
+    _check_owner(attachment, owner, kernel)
+    home = chains_of_container(found.values(), attachment, kernel)
+    for element, port in wanted.items():
+        if found.get(element) not in home:
+            raise CniError(CHECK_FAILED, f"{port} does not lead to the container: map {element[0]} has "
+                           f"{found.get(element) or 'nothing'} for {ruleset.element_text(*element)}", "")
+    empty = kernel.enter_empty_namespace()
+    shared = {name: ruleset.shared_rules(name, [attachment]) for name in ruleset.SHARED}
+    empty.transact(ruleset.base(shared) + ruleset.attach(attachment))
+    for name in names:
+        texts = [*ruleset.rules_of(attachment)] if name == chain else \
+            [f'{rule} comment "{comment}"' for rule, comment in shared[name]]
+        _compare(name, texts, empty.snapshot(name), real[name])
+    if references != [*found.values()].count(chain):
+        raise CniError(CHECK_FAILED, f"more leads to chain {chain} than was asked for",
+                       f"see: nft list table {ruleset.TABLE}")
+
+
+def _compare(name: str, texts: list[str], expected: "Sequence[object]", found: "Sequence[object]") -> None:
+    """Compare two snapshots of a chain; `texts`: of the rules that are expected."""
+    if not found:
+        raise CniError(CHECK_FAILED, f"chain {name} is missing", "")
+    if found[0] != expected[0]:
+        raise CniError(CHECK_FAILED, f"chain {name} is not hooked as it should be",
+                       ruleset.SHARED[name].hook if name in ruleset.SHARED else "it should not be hooked at all")
+    index = missing_in_order(expected[1:], found[1:])
+    if index is not None:
+        raise CniError(CHECK_FAILED, f"chain {name}: a rule is missing or altered", texts[index])
+
+
+def _check_owner(attachment: Attachment, owner: "Owner", kernel: "Kernel") -> None:
+    """Compare who is recorded with who is asked for: CniError(104) if that is another, or gone.
+
+    One namespace has many paths (/run and /var/run, /proc/PID/ns/net), so paths are not compared. `attachment` becomes
+    what ADD recorded.
+    """
+    verdict = kernel.glance(owner)
+    if verdict and verdict[0] == "dead":
+        raise CniError(CHECK_FAILED, f"the container is gone: {verdict[1]}", "")
+    if attachment.inode < 0 and not verdict:
+        raise CniError(CHECK_FAILED, f"the container is gone: {attachment.netns} leads to no network namespace", "")
+    if owner.inode and attachment.inode > 0 and owner.inode != attachment.inode:
+        raise CniError(CHECK_FAILED, f"chain {owner.chain} belongs to another network namespace, {owner.netns}", "")
+    if owner.netns:
+        attachment.netns, attachment.inode = owner.netns, owner.inode
+        attachment.link, attachment.pod = owner.link, owner.pod

@@ -1,0 +1,271 @@
+"""The steps that verbs share: what is written, and what has to be there before.
+
+Functions that return commands write nothing; a verb joins them to one transaction.
+"""
+from .. import ruleset
+from ..attachment import Attachment, Port
+from ..cni import FOREIGN_TABLE, NFT_REFUSED, PORT_TAKEN, CniError, warn
+
+TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ..linux.alive import Verdict
+    from ..linux.kernel import Kernel
+    from ..ruleset import Element, Owner
+
+    Judged = dict[tuple[str, int], Verdict]  # by chain and handle
+
+
+def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> set[str]:
+    """Those of `chains` that are of the attachment's container, through whichever interface."""
+    own = ruleset.chain_of(attachment.container_id, attachment.ifname)
+    return {chain for chain in {*chains}
+            if chain == own or kernel.owner(chain).container_id == attachment.container_id}
+
+
+def attach(attachment: Attachment, elsewhere: "dict[Element, str]", kernel: "Kernel", rules: str,
+            again: bool = True) -> str:
+    """Commands that publish what is not published `elsewhere`, and note who stands by for whom.
+
+    `again`: whether there may be a chain, with such notes, that is replaced.
+    """
+    chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+    noted = ruleset.standby_interfaces(kernel.comments(chain)) if again else []
+    notes = (ruleset.standby_note(chain, ifname) for ifname in noted)
+    return ruleset.attach(attachment, elsewhere, rules) + "".join(notes) + \
+        note_standby(attachment.ifname, elsewhere.values(), kernel)
+
+
+def note_standby(ifname: str, chains: "Iterable[str]", kernel: "Kernel") -> str:
+    """Commands that note in `chains` that their container publishes some of their ports on `ifname` too."""
+    return "".join(ruleset.standby_note(chain, ifname) for chain in dict.fromkeys(chains)
+                   if ifname not in ruleset.standby_interfaces(kernel.comments(chain)))
+
+
+def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
+            released: "Iterable[tuple[Element, str]]", kernel: "Kernel") -> str:
+    """Commands that remove `chains` with all that they own, and let those that stand by have what is `released`."""
+    if not chains:
+        return ""
+    text = ruleset.detach(chains, [element for element, _ in owned])
+    free_of: dict[str, list[Element]] = {}
+    for element, chain in released:
+        free_of.setdefault(chain, []).append(element)
+    going = frozenset(chains)
+    for chain in chains:
+        owner, heirs = kernel.owner(chain), []
+        for ifname in ruleset.standby_interfaces(kernel.comments(chain)):
+            heir = ruleset.chain_of(owner.container_id, ifname)
+            if heir not in going and kernel.has_chain(heir):
+                heirs.append((heir, ifname, kernel.elements_wanted_by(heir)))
+        free = free_of.get(chain, [])
+        for heir, ifname, wanted in heirs:
+            inherited = [element for element in free if element in wanted]
+            free = [element for element in free if element not in wanted]
+            text += ruleset.map_elements(inherited, heir)
+            if inherited:
+                text += "".join(note_standby(other, [heir], kernel) for _, other, _ in heirs if other != ifname)
+    return text
+
+
+def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
+    """Commands that make or repair what `attachments` share; "" where nothing is missing.
+
+    Raises CniError(103) rather than remove a rule that this plugin did not write.
+    """
+    chains, replaced = {}, []
+    for name in ruleset.SHARED:
+        there = kernel.comments(name)
+        if missing_in_order([comment for _, comment in ruleset.shared_rules(name, attachments)], there) is None:
+            continue
+        chains[name] = ruleset.shared_rules(name, attachments, there)
+        if kernel.has_chain(name):
+            replaced.append(name)
+        for comment in there:
+            if not comment.startswith(ruleset.COMMENT_PREFIX):
+                raise CniError(FOREIGN_TABLE, f"chain {name} of table {ruleset.TABLE} must be rebuilt, but has a rule "
+                               f"that this plugin did not write", f"see: nft -a list chain {ruleset.TABLE} {name}")
+    if not chains and not kernel.is_dormant():
+        return ""
+    text = ruleset.base(chains, replaced)
+    if replaced and not kernel.notes_opened():
+        from ..linux.localhost import interfaces_of_published
+        text += ruleset.note_opened(interfaces_of_published(kernel))
+    return text
+
+
+def missing_in_order(expected: "Iterable[object]", found: "Iterable[object]") -> int | None:
+    """The place of the first of `expected` that is not among `found`, after the one before it; None if all are."""
+    rest = iter(found)
+    for index, item in enumerate(expected):
+        if item not in rest:  # an iterator: `in` also moves past what it finds
+            return index
+    return None
+
+
+def write_shared_chains(text: str, kernel: "Kernel") -> None:
+    """Write the base, by itself and first: nobody opens localhost without the guard.
+
+    Raises CniError(100) where libnftables has dropped its rules, as it would drop an attachment's.
+    """
+    kernel.transact(text)
+    if kernel.has_chain("guard") and not kernel.comments("guard"):
+        raise CniError(NFT_REFUSED, "libnftables is too old: it writes chains without their rules",
+                       "1.0.7 is new enough, and Debian's 1.0.6-2+deb12u2")
+
+
+def repair_shared_chains(kernel: "Kernel", dry_run: bool = False) -> bool:
+    """Repair what all containers share, where the table exists; whether there was anything to repair."""
+    with kernel.lock():
+        text = shared_chains([], kernel) if kernel.has_table() else ""
+        if text and not dry_run:
+            write_shared_chains(text, kernel)
+    return bool(text)
+
+
+def interfaces_to_open(attachments: "Iterable[Attachment]", kernel: "Kernel", anyway: bool = False) -> "list[str]":
+    """The interfaces that must be opened to 127.0.0.0/8, because `attachments` publish ports there.
+
+    `anyway`: also those that are open.
+    """
+    found = [kernel.interface_to_open(attachment.addresses[4].ip, anyway) for attachment in attachments
+             if _on_localhost(attachment, 4)]
+    return [name for name in dict.fromkeys(found) if name]
+
+
+def open_localhost(attachments: "Iterable[Attachment]", closed: "Iterable[str]", kernel: "Kernel") -> None:
+    """Make this host's localhost able to reach the containers that are published there.
+
+    `closed`: the interfaces that have to be opened. They are noted by now, so what is opened can be closed again.
+    """
+    for name in closed:
+        kernel.set_localnet(name, True)
+    for attachment in attachments:
+        if _on_localhost(attachment, 6):
+            obstacle = kernel.allow_localhost6(attachment.addresses[6].ip)
+            if obstacle:
+                warn(f"published ports do not answer on [::1]: {obstacle}")
+
+
+def _on_localhost(attachment: Attachment, family: int) -> bool:
+    """Whether an attachment publishes ports on this host's localhost, and replies find back (masquerading)."""
+    if attachment.mark_bit is None or (family == 6 and not attachment.localhost6):
+        return False
+    ips = {port.host_ip for port in attachment.ports if port.family == family}
+    return any(not ip or ip == "::1" or ip.startswith("127.") for ip in ips)
+
+
+def is_flush(error: CniError) -> bool:
+    """Whether a transaction failed because what had been read was gone: somebody flushed the ruleset in between."""
+    return error.code == NFT_REFUSED and "No such file or directory" in error.msg
+
+
+# --- conflicts: one owner a port --------------------------------------------------------------------------------
+
+# Who lives is looked for without the lock, and looked at again under it by what cannot hang. What was found is kept by
+# chain and handle: a chain that was written anew meanwhile has another handle, and is judged anew.
+
+class Unjudged(Exception):
+    """Owners of whom nothing is known yet: they are judged without the lock, and then it is tried again."""
+
+    def __init__(self, owners: "list[Owner]") -> None:
+        super().__init__()
+        self.owners = owners
+
+
+class PortTaken(CniError):
+    """A port has an owner that lives, or cannot be judged. `handle`: of the owner's chain."""
+
+    def __init__(self, msg: str, details: str, owner: "Owner", handle: int) -> None:
+        super().__init__(PORT_TAKEN, msg, details)
+        self.owner, self.handle = owner, handle
+
+
+def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judged: "Judged") \
+        -> "tuple[list[str], dict[Element, str]]":
+    """Who owns the ports of `attachment` now.
+
+    Returns the chains of dead containers, which give way; and the elements that lead to this container through
+    another of its interfaces, which stay, each with the chain that it leads to.
+
+    Raises PortTaken where the owner is another and lives: a port has one owner, and it overlaps as in bind(2); and
+    Unjudged where that is not known yet.
+    """
+    claims: dict[Element, Port] = {}
+    wildcards: dict[str, dict[bytes, Port]] = {}
+    for port in attachment.ports:
+        key = ruleset.key_of(port)
+        claims[ruleset.map_of(port), key] = port
+        if port.host_ip:
+            claims.setdefault(ruleset.wildcard_of(port), port)
+        else:
+            wildcards.setdefault(ruleset.HOSTIP_HOSTPORTS[port.family], {})[key[ruleset.PROTOCOL_AND_PORT]] = port
+    leads_to = kernel.lookup(claims)
+    taken: dict[str, Port] = {}
+    for element, owner in leads_to.items():
+        taken.setdefault(owner, claims[element])
+    for name, endings in wildcards.items():
+        for owner, ending in kernel.owners_of_port(name, endings):
+            taken.setdefault(owner, endings[ending])
+    taken.pop(chain, None)
+    for other, port in taken.items():
+        if not ruleset.is_attachment_chain(other):
+            raise CniError(FOREIGN_TABLE, f"{port} is taken by a map element that this plugin did not write",
+                           f"find it: nft list table {ruleset.TABLE}")
+    owners = {other: kernel.owner(other) for other in taken}
+    verdicts = {other: verdict_on(owner, attachment, judged, kernel) for other, owner in owners.items()}
+    unjudged = [owner for other, owner in owners.items() if verdicts[other] is None]
+    if unjudged:
+        raise Unjudged(unjudged)
+    dead, siblings = [], []
+    for other, port in taken.items():
+        state, why = verdicts[other] or ("", "")
+        if state == "dead":
+            dead.append(other)
+        elif owners[other].container_id == attachment.container_id:
+            siblings.append(other)
+            warn(f"{port} leads to this container through interface {owners[other].ifname} already; "
+                 f"{attachment.ifname} stands by")
+        else:
+            raise PortTaken(f"{port} is already published by {owners[other]}", why, owners[other],
+                            kernel.handle(other))
+    own = ruleset.elements_of(attachment)
+    return dead, {element: owner for element, owner in leads_to.items() if owner in siblings and element in own}
+
+
+def refuse_namesake(attachment: Attachment, chain: str, kernel: "Kernel", judged: "Judged") -> None:
+    """Raise CniError(101) if the attachment's own chain belongs to a namesake: in another network, and it lives.
+
+    Runtimes that share a host may use one container ID twice; network, ID and interface together are unique.
+    """
+    owner = kernel.owner(chain)
+    if owner.network in ("", attachment.network) or (owner.inode and owner.inode == attachment.inode) or \
+            (owner.link and owner.link == attachment.link):
+        return
+    verdict = verdict_on(owner, attachment, judged, kernel)
+    if verdict is None:
+        raise Unjudged([owner])
+    if verdict[0] != "dead":
+        raise PortTaken(f"this container ID and interface are already published: {owner}", verdict[1], owner,
+                        kernel.handle(chain))
+
+
+def judge(owners: "list[Owner]", judged: "Judged", kernel: "Kernel") -> None:
+    """Judge these owners, as they are now. Not under the lock."""
+    handles = {owner.chain: kernel.handle(owner.chain) for owner in owners}
+    verdicts = kernel.judge([kernel.owner(chain) for chain in handles])
+    judged |= {(chain, handles[chain]): verdict for chain, verdict in verdicts.items()}
+
+
+def verdict_on(owner: "Owner", attachment: Attachment, judged: "Judged", kernel: "Kernel") -> "Verdict | None":
+    """Who lives, as far as it is known under the lock, where an owner meets `attachment`, which lives."""
+    seen = kernel.glance(owner)
+    another = owner.container_id != attachment.container_id
+    if seen:
+        return ("dead", "its link is another's") if another and owner.link == attachment.link else seen
+    if owner.inode and owner.inode == attachment.inode:
+        if another and owner.ifname == attachment.ifname:
+            return "dead", "its interface is another's"  # one of a name in a namespace; its number may be used again
+        return "alive", f"its network namespace {owner.netns} is alive"
+    return judged.get((owner.chain, kernel.handle(owner.chain)))

@@ -1,0 +1,104 @@
+"""The command, against a kernel that answers from memory: what it prints, and how it ends."""
+import json
+import types
+
+import pytest
+from helpers import ROOT, attachment, elements, verdicts
+
+from cni_portmap import ruleset
+from cni_portmap.cli import main as cli
+from cni_portmap.cni import CniError
+from cni_portmap.config import KEYS
+from cni_portmap.verbs.published import published, ranges
+
+RUNTIMES = {"name", "cniVersion", "prevResult", "runtimeConfig", "type", "capabilities"}  # not the plugin's own
+
+
+class Rule:
+    def __init__(self, protocol, target, daddr, packets, ports):
+        self.protocol, self.target, self.daddr, self.packets, self.ports = protocol, target, daddr, packets, ports
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A host with two containers: web has 8080 and 9000 to 9002, db has 5432."""
+    pods = {name: attachment(*({"hostPort": port, "containerPort": to} for port, to in ports), environ={
+        "CNI_CONTAINERID": name, "CNI_NETNS": f"/run/netns/{name}", "CNI_IFNAME": "eth0"},
+        prevResult={"ips": [{"address": "10.88.0.2/16"}]})
+        for name, ports in (("web", [(8080, 80), (9000, 9000), (9001, 9001), (9002, 9002)]), ("db", [(5432, 5432)]))}
+    rules, found = [], []
+    for name, pod in pods.items():
+        chain = ruleset.chain_of(name, "eth0")
+        rules.append((chain, ruleset.record_of(pod)[0], b""))
+        ports = {port.host_port: port.container_port for port in pod.ports}
+        groups = ({8080: 80}, {9000: 9000, 9001: 9001, 9002: 9002}) if name == "web" else (ports,)
+        rules += [(chain, "", json.dumps(group).encode() + b"nat\0") for group in groups]
+        found += [(element, chain) for element in elements(pod)]
+
+    def dnat_rule(raw, _):
+        ports = {int(host): to for host, to in json.loads(raw.removesuffix(b"nat\0")).items()}
+        return Rule(6, b"\x0a\x58\0\2", b"", 3, ports)
+    monkeypatch.setattr("cni_portmap.verbs.published.DnatRule", dnat_rule)
+    kernel = types.SimpleNamespace(rules=lambda: rules, elements=lambda: found, set_elements=None, leave=lambda: None,
+                                   judge=lambda owners: verdicts(owners, "alive"))
+    monkeypatch.setattr(cli, "Kernel", lambda: kernel)
+    return kernel
+
+
+def test_published_ports_are_those_of_the_rule_that_has_them(host):
+    """Ports of one chain belong to different rules; each line has the ports of its own."""
+    lines = {line.host_ports: line.container_ports for line in published(host)}
+    assert lines == {(5432,): (5432,), (8080,): (80,), (9000, 9001, 9002): (9000, 9001, 9002)}
+
+
+@pytest.mark.parametrize("arguments, lines, status", [
+    ([], 3, 0), (["--port", "8080"], 1, 0), (["--port", "9001"], 1, 0), (["--port", "81"], 0, 1),
+    (["--container", "we"], 2, 0), (["--container", "nobody"], 0, 0), (["--network", "lab"], 3, 0),
+    (["--network", "other"], 0, 0)])
+def test_list_ends_with_1_where_the_port_is_not_published(host, capsys, arguments, lines, status):
+    """Scripts ask with --port; other filters that find nothing are no failure."""
+    assert cli.main(["list", *arguments]) == status
+    assert len(capsys.readouterr().out.splitlines()) == 1 + lines
+    assert cli.main(["list", "--json", *arguments]) == status
+    assert len(json.loads(capsys.readouterr().out)) == lines
+
+
+def test_a_rule_that_is_missing_is_said(host, capsys):
+    """An element that leads to a chain without a rule for it."""
+    rules = host.rules()
+    host.rules = lambda: [rule for rule in rules if not rule[2]]
+    assert cli.main(["list", "--port", "8080"]) == 0
+    assert "(rule is missing)" in capsys.readouterr().out
+
+
+def test_an_error_is_json_too(host, capsys):
+    """A CniError is words on standard error; with --json also a document."""
+    def fail():
+        raise CniError(5, "cannot read nf_tables", "run it as root")
+    host.rules = fail
+    assert cli.main(["list", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"code": 5, "msg": "cannot read nf_tables", "details": "run it as root"}
+    assert err == "cni-portmap: cannot read nf_tables\n  run it as root\n"
+
+
+@pytest.mark.parametrize("ports, text", [((80,), "80"), ((80, 9000, 9001, 9002), "80,9000-9002"), ((1, 2), "1-2")])
+def test_ranges(ports, text):
+    """Consecutive ports are a range."""
+    assert ranges(ports) == text
+
+
+def test_completion_knows_every_command_and_option(host, capsys):
+    """It is generated from the parser, and so has what --help has."""
+    cli.main(["completion", "bash"])
+    script = capsys.readouterr().out
+    assert all(name in script for name in cli.COMMANDS)
+    assert '        validate) options="--help --json --plugin" ;;' in script
+    assert '        completion) options="bash --help --json" ;;' in script
+
+
+def test_keys_and_schema_agree():
+    """The parser's keys are the schema's; test_docs.py compares the schema with the documentation."""
+    schema = json.loads((ROOT / "cni_portmap/portmap.schema.json").read_text())
+    keys = {key for key in schema["properties"] if not key.startswith("cni.dev/")} - RUNTIMES
+    assert {*KEYS} == keys
