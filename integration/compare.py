@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Measure the paths of paths.py with this plugin and with others, and print a Markdown table. As root.
+"""Measure the paths of paths.py with this plugin and with others: the table of docs/paths.md. As root.
 
     integration/compare.py --plugin 'portmap 1.1.1, iptables' /usr/lib/cni/portmap iptables \\
                            --plugin 'portmap 1.9.1, nftables' /tmp/new/usr/lib/cni/portmap nftables
@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import multiprocessing
 import pathlib
+import re
 import tempfile
 from typing import Any
 
@@ -72,17 +73,27 @@ def table(measured: dict[str, dict[Case, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def replace_table(document: pathlib.Path, table: str) -> None:
+    """Put a Markdown table in the place of the first one of a document."""
+    document.write_text(re.sub(r"(?m)(^\|.*\n)+", lambda _: f"{table}\n", document.read_text(), count=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plugin", nargs=3, action="append", default=[], metavar=("TITLE", "EXECUTABLE", "BACKEND"),
                         help="another portmap plugin, and its configuration's `backend`")
+    parser.add_argument("--write", action="store_true", help="also write the table to docs/paths.md")
+    options = parser.parse_args()
     measured = {}
-    for title, executable, backend in [("cni-portmap", "", ""), *parser.parse_args().plugin]:
+    for title, executable, backend in [("cni-portmap", "", ""), *options.plugin]:
         fresh = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh, initializer=lab.enter) as process:
             config = {"backend": backend} if backend else {}
             measured[title] = process.submit(measure, executable, config).result()
-    print(table(measured))
+    text = table(measured)
+    print(text)
+    if options.write:
+        replace_table(lab.ROOT / "docs/paths.md", text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Put this plugin and others into the same trouble, and print a Markdown table of what became of it. As root.
+"""Run this plugin and others through the same scenarios: the table of docs/promises.md. As root.
 
     integration/compare_trust.py --plugin 'portmap 1.9.1' /tmp/new/usr/lib/cni/portmap
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import harness
 import lab
+from compare import replace_table
 from harness import Answer, Call, Pod
 from test_concurrency import foreign_changes
 
@@ -243,7 +244,7 @@ def restored(site: Site) -> str:
     harness.nft("flush ruleset")
     command = site.executable.parent.parent / "sbin/cni-portmap"
     if not command.exists():
-        return bad("no way")
+        return bad("not supported")
     from test_restore import Cache
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(pathlib.Path(folder))
@@ -255,26 +256,28 @@ def restored(site: Site) -> str:
 # what is promised, the test that proves it, the scenario
 PROMISES: list[tuple[str, str, Callable[[Site], str]]] = [
     ("a second container claims a port", "test_ownership: test_second_claim", second_claim),
-    ("… on one address, where the first has all", "test_ownership: test_second_claim", overlapping_claim),
+    ("… on one address, while the first has all addresses", "test_ownership: test_second_claim", overlapping_claim),
     ("a container claims the port of one that died without DEL", "test_ownership: test_dead_owner_gives_way",
      dead_owner),
-    ("… with its address, and the late DEL comes", "test_ownership: test_address_used_again", late_end),
-    ("one network of a container is deleted: its port on another", "test_ownership: test_attachments_of_one_container",
-     separate_attachments),
-    ("ADD three times more leaves", "test_ownership: test_same_attachment_again", add_again),
+    ("… and has its address; then the late DEL comes", "test_ownership: test_address_used_again", late_end),
+    ("a container leaves one of two networks: its port on the other",
+     "test_ownership: test_attachments_of_one_container", separate_attachments),
+    ("ADD is repeated three times: rules left over", "test_ownership: test_same_attachment_again", add_again),
     ("a process of the host has the port (`hostPortInUse: refuse`)", "test_ownership: test_host_port_in_use",
      host_process),
-    ("12 containers claim one port at once: who gets it", "test_concurrency: test_twelve_racers", racers),
-    ("200 containers come at once, go at once: what fails", "test_concurrency: test_two_hundred", two_hundred),
-    ("somebody changes other rules all the time: what fails", "test_concurrency: test_foreign_changes", busy_neighbour),
-    ("`kill -9` at 100 moments: half-done", "test_faults: test_killed_at_every_instant", killed),
-    ("`nft flush ruleset`: CHECK tells, DEL succeeds, ADD repairs", "test_faults: test_damage", flushed),
+    ("12 containers claim one port at once: how many get it", "test_concurrency: test_twelve_racers", racers),
+    ("200 concurrent ADDs, then 200 concurrent DELs: failed calls", "test_concurrency: test_two_hundred", two_hundred),
+    ("another program changes its rules all the time: failed calls", "test_concurrency: test_foreign_changes",
+     busy_neighbour),
+    ("`kill -9` at 100 points: changes half made", "test_faults: test_killed_at_every_instant", killed),
+    ("`nft flush ruleset`: CHECK fails, DEL succeeds, ADD repairs", "test_faults: test_damage", flushed),
     ("the shared chain is flushed: the same", "test_faults: test_damage", base_chain_flushed),
     ("a shared chain is deleted: the same", "test_faults: test_damage", base_chain_deleted),
-    ("a rule leads elsewhere: the same", "test_faults: test_damage", redirected),
-    ("somebody's own rule in the shared chain, after an ADD", "test_faults: test_foreign_rules_stay", foreign_rule),
-    ("GC removes what is not valid, and nothing else", "test_concurrency: test_everything_at_once", collected),
-    ("after a firewall's reload all ports come back", "test_restore: test_everything_comes_back", restored),
+    ("the target of a rule is changed: the same", "test_faults: test_damage", redirected),
+    ("an administrator's own rule in the shared chain, after an ADD", "test_faults: test_foreign_rules_stay",
+     foreign_rule),
+    ("GC removes invalid attachments, and nothing else", "test_concurrency: test_everything_at_once", collected),
+    ("after a firewall reload all ports can be restored", "test_restore: test_everything_comes_back", restored),
 ]
 
 
@@ -296,15 +299,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plugin", nargs=2, action="append", default=[], metavar=("TITLE", "EXECUTABLE"),
                         help="another portmap plugin with a backend nftables")
-    plugins = parser.parse_args().plugin
+    parser.add_argument("--write", action="store_true", help="also write the table to docs/promises.md")
+    options = parser.parse_args()
     lab.enter()
     with tempfile.TemporaryDirectory() as folder:
         columns = [("cni-portmap", measure(lab.install(pathlib.Path(folder, "bin")) / "portmap", {}))]
-    columns += [(title, measure(pathlib.Path(executable), {"backend": "nftables"})) for title, executable in plugins]
-    print("| what happens | test |", *(f"{title} |" for title, _ in columns))
-    print("|" + "---|" * (2 + len(columns)))
-    for (promise, test, _), *cells in zip(PROMISES, *(cells for _, cells in columns)):
-        print(f"| {promise} | `{test}` |", *(f"{cell} |" for cell in cells))
+    columns += [(title, measure(pathlib.Path(executable), {"backend": "nftables"}))
+                for title, executable in options.plugin]
+    lines = [["what happens", "test", *(title for title, _ in columns)], ["---"] * (2 + len(columns))]
+    lines += ([promise, f"`{test}`", *cells]
+              for (promise, test, _), *cells in zip(PROMISES, *(cells for _, cells in columns)))
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(text)
+    if options.write:
+        replace_table(lab.ROOT / "docs/promises.md", text)
 
 
 if __name__ == "__main__":

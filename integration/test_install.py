@@ -1,4 +1,5 @@
 """scripts/install: twice, over itself while it is in use, beside others' files, and away again; and the pip package."""
+import contextlib
 import itertools
 import json
 import os
@@ -154,6 +155,25 @@ def test_prefix_behind_a_link(site, tmp_path):
         assert not (site.bin / "portmap").exists() and not (tmp_path / "real").exists()
         site.lib.unlink()
         (tmp_path / "real").mkdir()
+
+
+def test_man_pages(site):
+    """The command in the default folder brings its man pages and completion, and takes them away."""
+    share, sbin = pathlib.Path("/usr/local/share"), pathlib.Path("/usr/local/sbin")
+    with contextlib.ExitStack() as stack:
+        for folder in share, sbin:
+            lab.run("mount", "-t", "tmpfs", "none", folder)
+            stack.callback(lab.run, "umount", folder)
+        for _ in range(2):
+            site.install("--sbin-dir", sbin)
+            found = {path.relative_to(share): path.read_text() for path in share.rglob("*") if path.is_file()}
+            pages = {path for path in found if path.parts[0] == "man"}
+            assert {path.name for path in pages} == {path.name for path in (lab.ROOT / "docs").glob("*.[1-8]")}
+            assert all(path.parent.name == f"man{path.suffix[1:]}" for path in pages)
+            assert all(found[path] == (lab.ROOT / "docs" / path.name).read_text() for path in pages)
+            assert {*found} - pages == {pathlib.Path("bash-completion/completions/cni-portmap")}
+        site.install("--sbin-dir", sbin, "--uninstall")
+        assert not [path for path in (*share.rglob("*"), *sbin.iterdir()) if path.is_file()]
 
 
 def test_foreign_files_in_the_prefix(site):

@@ -1,17 +1,23 @@
-"""What the README shows is what happens."""
+"""What the README and docs/ show is what happens."""
+import json
+import re
 import sys
+import textwrap
 
+import compare_trust
 import lab
+import paths
 
 sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
 from cni_portmap.attachment import Address, Attachment, Port
 
-README = (lab.ROOT / "README.md").read_text()
+DOCS = lab.ROOT / "docs"
+SHOWN = "table inet" + (DOCS / "ruleset.md").read_text().partition("    table inet")[2].partition("\n\n## ")[0]
 
 
 def example() -> Attachment:
-    """The container of the README: -p 8080:80 -p 127.0.0.1:8081:80 -p 9000-9003:9000-9003/udp."""
+    """The container of docs/ruleset.md: -p 8080:80 -p 127.0.0.1:8081:80 -p 9000-9003:9000-9003/udp."""
     ports = [Port(4, "tcp", "127.0.0.1", 8081, 80)]
     for family in 4, 6:
         ports += [Port(family, "tcp", "", 8080, 80), *(Port(family, "udp", "", p, p) for p in range(9000, 9004))]
@@ -21,14 +27,55 @@ def example() -> Attachment:
 
 
 def test_ruleset():
-    """The ruleset in the README is the one that ADD writes."""
-    shown = "table inet" + README.partition("    table inet")[2].partition("\n\nHow to read it")[0]
+    """The ruleset in docs/ruleset.md is the one that ADD writes."""
     listings = []
     shared = ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED})
     written = shared + ruleset.attach(example()) + ruleset.note_opened(["cni0"])
-    for index, script in enumerate((shown, written)):
+    for index, script in enumerate((SHOWN, written)):
         with lab.Namespace(f"readme{index}"):
             lab.run("nft", "-f", "-", input=script)
             listings.append(lab.table())
         lab.run("ip", "netns", "del", f"readme{index}")
     assert listings[0] == listings[1]
+
+
+def test_list(bin_dir):
+    """The list in README.md and docs/command.md is what the command prints of that ruleset, after 12 connections."""
+    script, count = re.subn("(ipv4 tcp dport 8080 counter)", r"\1 packets 12 bytes 720", SHOWN)
+    assert count == 1
+    with lab.Namespace("readme-list"):
+        lab.run("ip", "link", "add", "veth5c1e09d2", "index", "12", "type", "veth")
+        lab.run("nft", "-f", "-", input=script)
+        listed = lab.run(bin_dir.parent / "sbin/cni-portmap", "list", "--port", "8080")
+    lab.run("ip", "netns", "del", "readme-list")
+    shown = textwrap.indent(f"# cni-portmap list --port 8080\n{listed}", "    ")
+    for document in lab.ROOT / "README.md", DOCS / "command.md":
+        assert shown in document.read_text()
+
+
+def test_configuration(bin_dir, tmp_path):
+    """The conflist in docs/configuration.md is valid."""
+    shown = "{" + (DOCS / "configuration.md").read_text().partition("\n    {")[2].partition("\n\n")[0]
+    file = tmp_path / "web.conflist"
+    file.write_text(json.dumps(json.loads(shown)))
+    assert lab.run(bin_dir.parent / "sbin/cni-portmap", "validate", file) == f"{file}: valid\n"
+
+
+def column(document, *indexes):
+    """These columns of a document's table, row by row, without its head."""
+    rows = [line.strip("| ").split(" | ") for line in (DOCS / document).read_text().splitlines() if line[:1] == "|"]
+    return [tuple(row[index] for index in indexes) for row in rows[2:]]
+
+
+def test_paths():
+    """docs/paths.md has the paths that test_packets asserts, and for cni-portmap what it asserts of them."""
+    expected = {(str(path), path.sees or "nothing") for path in paths.PATHS}
+    assert {*column("paths.md", 0, 2)} == expected
+    for path, sees, saw in column("paths.md", 0, 2, 3):
+        assert saw.partition(";")[0] == ("no" if sees == "nothing" else "yes"), path
+
+
+def test_promises():
+    """docs/promises.md has the scenarios of compare_trust.py, in their order; none is broken by cni-portmap."""
+    assert column("promises.md", 0, 1) == [(what, f"`{test}`") for what, test, _ in compare_trust.PROMISES]
+    assert not [row for row in column("promises.md", 2) if "**" in row[0]]

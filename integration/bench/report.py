@@ -40,7 +40,7 @@ def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds
         return ratio if full else math.inf
 
     def against(who: str, what: str, ratios: tuple[float, ...], verbs: tuple[str, ...] = VERBS, size: int = 0) -> None:
-        there = f", {size:,} containers there" if size else ""
+        there = f", {size:,} containers present" if size else ""
         for verb, most in zip(verbs, ratios):
             ours = Key(verb, what, size, names.ours)
             found.append(Target(f"{verb}, {what}{there} / {who}", ours, ours._replace(subject=who), most))
@@ -61,7 +61,7 @@ def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds
     for who in names.newer, names.ours:
         for verb in "ADD", "DEL":
             last = Key(verb, "1 TCP port", sizes[-1], who)
-            found.append(Target(f"{verb}, {sizes[-1]:,} containers there / none, {who}", last, last._replace(size=0),
+            found.append(Target(f"{verb}, {sizes[-1]:,} containers present / none, {who}", last, last._replace(size=0),
                                 at(who == names.newer and sizes[-1] == 10000, 2.0)))
     full = crowds[-1] == 10000
     for what in "published", "not published":
@@ -99,19 +99,20 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def markdown(results: Results, wanted: list[Target], subjects: list[str], about: dict[str, Any]) -> str:
     """The whole report. Ratios are of medians; the small numbers are quartiles."""
-    parts = ["# Benchmark\n", "Medians, with quartiles beside them; measured by `scripts/bench`, all by turns.\n",
-             _table(["", ""], [[name, str(value)] for name, value in about.items()]), *_ratios(results, wanted)]
+    parts = ["# Benchmark\n", "Medians, with quartiles beside them; measured by `scripts/bench`, all subjects "
+             "interleaved.\n", _table(["", ""], [[name, str(value)] for name, value in about.items()]),
+             *_ratios(results, wanted)]
     sections: list[tuple[str, Callable[[Key], bool]]] = [
         ("Process (ms)", lambda key: key.unit == "ms" and "," not in key.measure and "connections" not in key.what and
          key.measure != "who lives"),
-        ("Publishing (ms): a call that publishes a port, less one that does not",
+        ("Publishing (ms): a call that publishes a port, minus one that does not",
          lambda key: key.measure.endswith("publishing")),
-        ("Processors' time of these processes (ms)", lambda key: key.measure.endswith("processor") and
+        ("CPU time of these processes (ms)", lambda key: key.measure.endswith("processor") and
          key.what in ("no ports", "1 TCP port")),
-        ("Peak memory (MiB): the process, and the largest child beside it", lambda key: key.unit == "MiB"),
+        ("Peak memory (MiB): the process, and the largest child that ran beside it", lambda key: key.unit == "MiB"),
         ("Instructions in user space (millions), with children", lambda key: key.unit == "million"),
-        ("Calls that failed, of those at once", lambda key: key.unit == "calls"),
-        ("Who lives, where no link says so (ms)", lambda key: key.measure == "who lives"),
+        ("Failed calls among concurrent ones", lambda key: key.unit == "calls"),
+        ("Judging an owner without a known link (ms)", lambda key: key.measure == "who lives"),
         ("With many connections in conntrack (ms)", lambda key: key.unit == "ms" and "connections" in key.what),
         ("Packets, by number of published ports", lambda key: key.unit in ("µs", "1/s", "Gbit/s"))]
     for title, belongs in sections:
@@ -141,7 +142,7 @@ def _order(row: tuple[str, str, int, str]) -> tuple[object, ...]:
 
 def _row(measure: str, what: str, size: int, unit: str) -> str:
     packets = unit in ("µs", "1/s", "Gbit/s")
-    there = (f"{size:,} ports" if size > 1 else "1 port") if packets else f"{size:,} containers there" if size else ""
+    there = (f"{size:,} ports" if size > 1 else "1 port") if packets else f"{size:,} containers present" if size else ""
     name = f"{measure} ({unit})" if packets else measure.partition(",")[0]
     return ", ".join(part for part in (name, what, there) if part)
 
@@ -155,7 +156,10 @@ def _ratios(results: Results, wanted: list[Target]) -> list[str]:
             verdict = "" if most == math.inf else "yes" if ratio <= most else "**no**"
             rows.append([text, number(ours), number(theirs), f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}",
                          "" if most == math.inf else f"≤ {most:g}", verdict])
-    return ["## Ratios\n", _table(["", "this", "that", "ratio", "wanted", "reached"], rows)] if rows else []
+    if not rows:
+        return []
+    return ["## Ratios\n", '"this" is cni-portmap, "that" is the subject after the slash; milliseconds, but connect in '
+            "microseconds and memory in MiB.\n", _table(["", "this", "that", "ratio", "target", "met"], rows)]
 
 
 def as_json(results: Results, about: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 The runtime lives in a network, PID and mount namespace, where the folders that packages and runtimes write to are
 overlays. Only /run is common to it and the tests, so that they see its network namespaces and sockets. The plugin is
-installed as its README says.
+installed as its documentation says.
 """
 import collections
 import hashlib
@@ -171,9 +171,9 @@ def _add(tar: tarfile.TarFile, path: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def in_readme(commands: str) -> bool:
-    """Whether the README shows these commands, so that a reader types what a test runs."""
-    return textwrap.indent(commands.strip(), "    ") in (lab.ROOT / "README.md").read_text()
+def shown_in(document: str, commands: str) -> bool:
+    """Whether a document shows these commands, so that a reader types what a test runs."""
+    return textwrap.indent(commands.strip(), "    ") in (lab.ROOT / document).read_text()
 
 
 def wrappers(folder: pathlib.Path, command: list[str]) -> pathlib.Path:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import lab
 import pytest
-from machine import CLIENT, HOST, NEWER_PLUGINS, PLUGINS, VERSIONS, Machine, flush_ruleset, in_readme
+from machine import CLIENT, HOST, NEWER_PLUGINS, PLUGINS, VERSIONS, Machine, flush_ruleset, shown_in
 
 PORTS = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
          {"hostPort": 8081, "containerPort": 80, "protocol": "tcp", "hostIP": "127.0.0.1"},
@@ -147,9 +147,9 @@ def test_gc(box):
     assert lab.table() == before
 
 
-def test_readme(machine):
-    """The commands in the README"""
+def test_documented_commands(machine):
+    """The commands in docs/cnitool.md"""
     assert "0.0.0.0:8080/tcp" in machine.shell(COMMANDS)
     lab.run("ip", "netns", "del", "box")
     assert "c/" not in lab.table()
-    assert in_readme(COMMANDS)
+    assert shown_in("docs/cnitool.md", COMMANDS)

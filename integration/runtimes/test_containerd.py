@@ -9,7 +9,7 @@ import lab
 import pytest
 from cri import DEFINITION, Cri, compile_messages
 from machine import (CLIENT, HOST, NEWER_PLUGINS, PLUGINS, UNPACKED, VERSIONS, Entered, Machine, flush_ruleset,
-                     in_readme, until)
+                     shown_in, until)
 
 RELEASES = {"1.6": "/usr/bin", "2": UNPACKED / "containerd-2/usr/bin"}
 VERSION = {"1.6": "1.0.0", "2": "1.1.0"}  # of CNI, the newest that each speaks
@@ -281,12 +281,12 @@ def test_status(node, clean):
     assert node.conditions()["NetworkReady"]["status"]
 
 
-def test_readme(node, clean):
-    """The commands in the README, which have installed what was tested here; undone"""
+def test_documented_commands(node, clean):
+    """The commands in docs/kubernetes.md, which have installed what was tested here; undone"""
     pod = Pod(node, "web", (8080, 80, "TCP", ""))
     assert pod.answers()
     pod.stop()
     node.shell(UNDO)
     assert "CNI portmap plugin" in node.shell("/usr/lib/cni/portmap 2>&1")  # the reference plugin's greeting
-    assert in_readme(COMMANDS)
-    assert in_readme(UNDO)
+    assert shown_in("docs/kubernetes.md", COMMANDS)
+    assert shown_in("docs/kubernetes.md", UNDO)

@@ -3,7 +3,7 @@ import contextlib
 
 import lab
 import pytest
-from machine import CLIENT, HOST, VERSIONS, Entered, Machine, flush_ruleset, in_readme, until
+from machine import CLIENT, HOST, VERSIONS, Entered, Machine, flush_ruleset, shown_in, until
 
 INSTALL = "scripts/install --bin-dir /usr/local/lib/cni"
 COMMANDS = f"""
@@ -225,7 +225,8 @@ def test_random_port(podman, clean):
     assert podman.answers(int(podman.podman("port", "web", "80").rpartition(":")[2]))
 
 
-def test_readme(podman, clean):
-    """The commands in the README"""
+def test_documented_commands(podman, clean):
+    """The commands in docs/podman.md"""
     assert "hello\n" in podman.shell(f"IMAGE=hello\n{COMMANDS}")
-    assert in_readme(COMMANDS)
+    assert shown_in("docs/podman.md", COMMANDS)
+    assert shown_in("README.md", COMMANDS)
