@@ -3,12 +3,10 @@ import base64
 import json
 import pathlib
 import subprocess
-import sys
 
 import lab
 import pytest
 
-sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
 from cni_portmap.config import Address, Attachment, Port
 
@@ -30,7 +28,7 @@ def command(bin_dir: pathlib.Path, *arguments: object, status: int = 0) -> str:
 def network(bin_dir):
     yield lab.Network(lab.bridge_conflist("command", "cmd0"), bin_dir)
     lab.run("nft", "delete", "table", "inet", "cni_portmap", check=False)
-    lab.run("ip", "link", "del", "cmd0", check=False)
+    lab.delete_link("cmd0", missing_ok=True)
 
 
 @pytest.fixture
@@ -147,19 +145,19 @@ def test_teardown(bin_dir, network, web):
     assert "would close 127.0.0.0/8 on cmd0" in command(bin_dir, "teardown", "--force", "--dry-run")
     assert lab.table() == before
     assert "closed ::1 on cmd0" in command(bin_dir, "teardown", "--force")
-    assert lab.table() == "" and not lab.run("ip", "-6", "route", "show", "table", "local", "metric", "4096")
+    assert lab.table() == "" and "cmd0" not in dict(lab.localhost_routes())
     assert command(bin_dir, "teardown") == ""
 
 
 def test_ten_thousand_ports(bin_dir, network, tmp_path):
     """Ten thousand containers with a port each are listed by as many questions to the kernel as a thousand are."""
-    lab.run("nft", "-f", "-", input=ruleset.base(ruleset.BASE, (), [13]))
+    lab.nft_script(ruleset.base(ruleset.BASE, (), [13]))
     asked = {}
     for first in range(1, 10_001, 1000):
         attachments = (Attachment(f"{port:064x}", "eth0", "many", "/run/netns/none", 1,
                                   {4: Address(4, "10.88.0.2", "10.88.0.0/16")}, (Port(4, "tcp", "", port, 80),), 13)
                        for port in range(first, first + 1000))
-        lab.run("nft", "-f", "-", input="".join(map(ruleset.attach, attachments)))
+        lab.nft_script("".join(map(ruleset.attach, attachments)))
         if first in (1, 9001):
             lines = lab.run("strace", "-o", tmp_path / "trace", "-e", "trace=sendto",
                             bin_dir.parent / "sbin/cni-portmap", "list").splitlines()

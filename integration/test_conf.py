@@ -43,7 +43,7 @@ class TestConflist:
         box.remove()
         assert box.id not in lab.table()
         if "bridge" in first:
-            lab.run("ip", "link", "del", first["bridge"])
+            lab.delete_link(first["bridge"])
 
 
 def test_all_listed():

@@ -1,15 +1,13 @@
 """Connections that outlive what they led to: after ADD and DEL conntrack forgets those, and no others."""
 import contextlib
 import re
-import sys
 
 import lab
-import paths
+from lab import paths
+from lab.site import Site
 import pytest
-from paths import WEB
-
-sys.path[:0] = [str(lab.ROOT)]
-from cni_portmap import kernel, netlink, portmap  # noqa: E402  # as other kernels would have it, see test_older_kernels
+from lab.paths import WEB
+from cni_portmap import kernel, netlink, portmap  # as other kernels would have it, see test_older_kernels
 
 PORT = 7500
 UDP = [{"hostPort": PORT, "containerPort": WEB, "protocol": "udp"}]
@@ -18,7 +16,7 @@ TCP = [{"hostPort": PORT, "containerPort": WEB}]
 
 @pytest.fixture(scope="module")
 def site(bin_dir):
-    with paths.Site(paths.SETTINGS[0], bin_dir) as built:
+    with Site(paths.SETTINGS[0], bin_dir) as built:
         yield built
 
 

@@ -3,7 +3,8 @@ import contextlib
 import socket
 
 import lab
-import paths
+from lab import paths
+from lab.site import Site
 import pytest
 
 CASES = [(setting, path, family, protocol) for setting in paths.SETTINGS for path in paths.PATHS for family in (4, 6)
@@ -11,7 +12,7 @@ CASES = [(setting, path, family, protocol) for setting in paths.SETTINGS for pat
 
 
 @pytest.fixture(scope="module")
-def sites(bin_dir):
+def sites(each_bin_dir):
     """A function that makes the site of a setting, or gives the one that is there."""
     with contextlib.ExitStack() as stack:
         there = {}
@@ -22,7 +23,7 @@ def sites(bin_dir):
                 there.clear()
                 if not lab.br_netfilter(setting.br_netfilter):
                     pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
-                there[setting] = stack.enter_context(paths.Site(setting, bin_dir))
+                there[setting] = stack.enter_context(Site(setting, each_bin_dir))
             return there[setting]
         yield site_of
 

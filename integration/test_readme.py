@@ -1,9 +1,6 @@
 """What the README shows is what happens."""
-import sys
-
 import lab
 
-sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
 from cni_portmap.config import Address, Attachment, Port
 
@@ -27,7 +24,7 @@ def test_ruleset():
     for index, script in enumerate((shown, ruleset.base(ruleset.BASE, (), [13]) + ruleset.attach(example()) +
                                       ruleset.note_opened(["cni0"]))):
         with lab.Namespace(f"readme{index}"):
-            lab.run("nft", "-f", "-", input=script)
+            lab.nft_script(script)
             listings.append(lab.table())
-        lab.run("ip", "netns", "del", f"readme{index}")
+        lab.delete_namespace(f"readme{index}")
     assert listings[0] == listings[1]

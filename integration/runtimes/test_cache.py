@@ -3,9 +3,9 @@ import json
 
 import lab
 import pytest
-from machine import HERE
+from lab.machine import RUNTIMES
 
-EXAMPLES = sorted((HERE / "cache").glob("*.json"))
+EXAMPLES = sorted((RUNTIMES / "cache").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import lab
 import pytest
-from machine import CLIENT, HOST, NEWER_PLUGINS, PLUGINS, VERSIONS, Machine, flush_ruleset, in_readme
+from lab.machine import CLIENT_IP, HOST_IP, NEWER_PLUGINS, PLUGINS, VERSIONS, Machine, flush_ruleset, in_readme
 
 PORTS = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
          {"hostPort": 8081, "containerPort": 80, "protocol": "tcp", "hostIP": "127.0.0.1"},
@@ -62,8 +62,8 @@ class Box:
 
     def answers(self) -> bool:
         with lab.Server("box", self.namespace, 80), lab.Server("box", self.namespace, 53, "udp"):
-            return lab.exchange(self.machine.client, HOST[4], 8080) == lab.Saw("box", CLIENT[4], 80) and \
-                lab.exchange(self.machine.client, HOST[6], 5353, "udp") == lab.Saw("box", CLIENT[6], 53) and \
+            return lab.exchange(self.machine.client, HOST_IP[4], 8080) == lab.Saw("box", CLIENT_IP[4], 80) and \
+                lab.exchange(self.machine.client, HOST_IP[6], 5353, "udp") == lab.Saw("box", CLIENT_IP[6], 53) and \
                 lab.exchange(lab.HOST, "127.0.0.1", 8081) is not None
 
 
@@ -150,6 +150,6 @@ def test_gc(box):
 def test_readme(machine):
     """The commands in the README"""
     assert "0.0.0.0:8080/tcp" in machine.shell(COMMANDS)
-    lab.run("ip", "netns", "del", "box")
+    lab.delete_namespace("box")
     assert "c/" not in lab.table()
     assert in_readme(COMMANDS)

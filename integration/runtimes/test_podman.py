@@ -3,7 +3,7 @@ import contextlib
 
 import lab
 import pytest
-from machine import CLIENT, HOST, VERSIONS, Entered, Machine, flush_ruleset, in_readme, until
+from lab.machine import CLIENT_IP, HOST_IP, VERSIONS, Machine, flush_ruleset, in_readme
 
 INSTALL = "scripts/install --bin-dir /usr/local/lib/cni"
 COMMANDS = f"""
@@ -41,14 +41,14 @@ class Podman(Machine):
     def start(self, *options: str, name: str = "web", network: str = "dual") -> str:
         return self.podman("run", "-d", "--name", name, "--network", network, *options, "image")
 
-    def inside(self, name: str = "web") -> Entered:
-        return Entered(self.podman("inspect", "--format", "{{.NetworkSettings.SandboxKey}}", name))
+    def inside(self, name: str = "web") -> lab.Netns:
+        return lab.Netns(self.podman("inspect", "--format", "{{.NetworkSettings.SandboxKey}}", name))
 
     def answers(self, port: int = 8080, families: tuple[int, ...] = (4, 6), name: str = "web") -> bool:
         """Whether a container's server answers on the host's addresses, and sees the client's own."""
         with lab.Server(name, self.inside(name), 80):
-            return [lab.exchange(self.client, HOST[family], port) for family in families] == \
-                [lab.Saw(name, CLIENT[family], 80) for family in families]
+            return [lab.exchange(self.client, HOST_IP[family], port) for family in families] == \
+                [lab.Saw(name, CLIENT_IP[family], 80) for family in families]
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +90,20 @@ class TestPaths:
         podman.podman("rm", "-f", "-t", "0", "web")
 
     @pytest.mark.parametrize(("source", "ip", "port", "protocol", "seen"), [
-        ("client", HOST[4], 8080, "tcp", CLIENT[4]),
-        ("client", HOST[6], 8080, "tcp", CLIENT[6]),
-        ("host", HOST[4], 8080, "tcp", HOST[4]),
-        ("host", HOST[6], 8080, "tcp", HOST[6]),
+        ("client", HOST_IP[4], 8080, "tcp", CLIENT_IP[4]),
+        ("client", HOST_IP[6], 8080, "tcp", CLIENT_IP[6]),
+        ("host", HOST_IP[4], 8080, "tcp", HOST_IP[4]),
+        ("host", HOST_IP[6], 8080, "tcp", HOST_IP[6]),
         ("host", "127.0.0.1", 8080, "tcp", "gateway"),
         ("host", "::1", 8080, "tcp", "gateway"),
         ("host", "127.0.0.1", 8081, "tcp", "gateway"),
         ("host", "::1", 8082, "tcp", "gateway"),
-        ("host", HOST[4], 8081, "tcp", "nobody"),
-        ("client", HOST[4], 8081, "tcp", "nobody"),
-        ("client", HOST[6], 8082, "tcp", "nobody"),
-        ("client", HOST[4], 9000, "udp", CLIENT[4]),
-        ("client", HOST[6], 9003, "udp", CLIENT[6]),
-        ("client", HOST[4], 9004, "udp", "nobody"),
+        ("host", HOST_IP[4], 8081, "tcp", "nobody"),
+        ("client", HOST_IP[4], 8081, "tcp", "nobody"),
+        ("client", HOST_IP[6], 8082, "tcp", "nobody"),
+        ("client", HOST_IP[4], 9000, "udp", CLIENT_IP[4]),
+        ("client", HOST_IP[6], 9003, "udp", CLIENT_IP[6]),
+        ("client", HOST_IP[4], 9004, "udp", "nobody"),
     ])
     def test_path(self, podman, gateways, source, ip, port, protocol, seen):
         """run -p: whom the server sees"""
@@ -114,7 +114,7 @@ class TestPaths:
         def counted() -> int:
             return int(podman.json("cni-portmap", "list", "--json", "--port", "8080")[0]["connections"])
         before = counted()
-        assert lab.exchange(podman.client, HOST[4], 8080) == lab.Saw("web", CLIENT[4], 80)
+        assert lab.exchange(podman.client, HOST_IP[4], 8080) == lab.Saw("web", CLIENT_IP[4], 80)
         assert counted() == before + 1
         assert "conmon" in podman.run("ss", "-Hltnp", "sport = :8080")
 
@@ -185,7 +185,7 @@ def test_killed(podman, clean):
     """kill -9 of the container: its port is free for another"""
     podman.start("-p", "8080:80")
     podman.run("kill", "-9", podman.podman("inspect", "--format", "{{.State.Pid}}", "web"))
-    until(lambda: "c/" not in lab.table())
+    assert lab.until(lambda: "c/" not in lab.table())
     podman.start("-p", "8080:80", name="next")
     assert podman.answers(name="next")
 
@@ -195,7 +195,8 @@ def test_conmon_killed(podman, clean):
     podman.start("-p", "8080:80")
     podman.run("kill", "-9", *podman.podman("inspect", "--format", "{{.State.ConmonPid}} {{.State.Pid}}",
                                             "web").split())
-    until(lambda: not podman.podman("ps", "-aq") or podman.run("podman", "rm", "-f", "-t", "0", "web", check=False))
+    assert lab.until(
+        lambda: not podman.podman("ps", "-aq") or podman.run("podman", "rm", "-f", "-t", "0", "web", check=False))
     assert "c/" not in lab.table()
     podman.start("-p", "8080:80", name="next")
     assert podman.answers(name="next")

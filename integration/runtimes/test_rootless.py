@@ -5,7 +5,7 @@ from typing import Any
 
 import lab
 import pytest
-from machine import PLUGINS, Entered, Machine, wrappers
+from lab.machine import PLUGINS, Machine, wrappers
 
 USER = 65534
 BOOT = """
@@ -34,7 +34,7 @@ class Rootless:
         self._process.stdin.write("mapped\n")
         self._process.stdin.flush()
         assert self._process.stdout.readline() == "ready\n"
-        self.host, self.box = Entered(self.proc / "ns/net"), Entered(self.proc / "root/run/netns/box")
+        self.host, self.box = lab.Netns(self.proc / "ns/net"), lab.Netns(self.proc / "root/run/netns/box")
         with self.host:
             lab.br_netfilter(False)
         inside = machine.command("nsenter", "-t", self._pid, "-U", "-m", "-n", "--")
