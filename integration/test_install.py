@@ -440,7 +440,7 @@ def network(bin_dir):
     lab.delete_link("ins0", missing_ok=True)
     lab.run("rm", "-rf", "/run/lab-ipam/installed")
     for name in CONTAINERS:
-        lab.delete_namespace(name, check=False)
+        lab.delete_namespace(name, missing_ok=True)
 
 
 def localnet(device: str = "ins0") -> str:

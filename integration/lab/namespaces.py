@@ -162,8 +162,7 @@ class Namespace(Netns):
         """Delete it, if it is still there."""
         if self.host_device:  # the kernel takes its time to end a namespace with what is in it
             delete_link(self.host_device)
-        if os.path.lexists(self.path):
-            delete_namespace(self.name)
+        delete_namespace(self.name, missing_ok=True)
 
 
 # Made and deleted here, and not by pyroute2, whose netns.create forks this process with its threads.
@@ -185,11 +184,11 @@ def ensure_namespace(path: str) -> None:
             make_namespace(path)
 
 
-def delete_namespace(name: str) -> None:
+def delete_namespace(name: str, missing_ok: bool = False) -> None:
     """Delete what has a name in /run/netns, whether a namespace is mounted there or not."""
     path = NAMED / name
     libc.umount2(str(path).encode(), _MNT_DETACH)
-    path.unlink()
+    path.unlink(missing_ok)
 
 
 HOST: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # the namespace that plays the host
