@@ -38,7 +38,7 @@ def web(network):
     container.remove()
 
 
-def test_list(bin_dir, web):
+def test_list_has_a_line_for_each_rule(bin_dir, web):
     """Each rule is a line, by host port; consecutive ports are ranges; connections are counted."""
     server = lab.Server("web", web, 80)
     for _ in range(3):
@@ -93,7 +93,7 @@ def test_gc_removes_the_dead(bin_dir, network, web):
         assert "0 dead" in command(bin_dir, "gc")
 
 
-def test_restore(bin_dir, web, tmp_path):
+def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):
     """What a flushed ruleset lost comes back from libcni's cache, once, and not for the dead."""
     entry = {"kind": "cniCacheV1", "containerId": web.id, "ifName": "eth0", "networkName": "command",
              "config": base64.b64encode(json.dumps(web.network.conflist).encode()).decode(),
@@ -129,7 +129,7 @@ def test_restore_base_only(bin_dir, web):
     assert "nothing" in command(bin_dir, "restore", "--base-only") and lab.table() == ""
 
 
-def test_teardown(bin_dir, network, web):
+def test_teardown_refuses_while_containers_are_published(bin_dir, network, web):
     """It refuses while containers are published, and names them; then it closes, and removes the table."""
     gone = lab.Container(network, "gone", [{"hostPort": 1, "containerPort": 1}])
     gone.namespace.remove()
@@ -177,7 +177,7 @@ CONFLIST = """{"cniVersion": "1.0.0", "name": "web", "plugins": [
     (', "conditionsV4": ["-p", "tcp"]', "plugins[1].conditionsV4: expected nft match text in place of"),
     (', "markMasqBit": 32', "3:78: plugins[1].markMasqBit: expected the bit"),
     (', "markMasqBit": 3, "externalSetMarkChain": "X"', "markMasqBit"), (', "snat": tru', "3:71: JSON: expected")])
-def test_validate(bin_dir, tmp_path, extra, where):
+def test_validate_names_the_place_of_a_mistake(bin_dir, tmp_path, extra, where):
     """A conflist's mistakes are named with line, column, path and expectation."""
     file = tmp_path / "web.conflist"
     file.write_text(CONFLIST % extra)

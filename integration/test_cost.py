@@ -87,7 +87,7 @@ def crowd(*places):
     ("DEL", UDP, 1, 14, 900),
     ("DEL", SPECIFIC, 1, 14, 900),
     ("DEL", MANY, 1, 114, 1000)], ids=lambda value: getattr(value, "id", None))
-def test_call(host, trace, verb, pod, transactions, asked, system_calls):
+def test_a_call_asks_little(host, trace, verb, pod, transactions, asked, system_calls):
     """A call asks little, sends one transaction at most, is refused nothing, and starts no process and no thread."""
     if verb in ("CHECK", "DEL"):
         host.add(pod)

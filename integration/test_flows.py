@@ -149,7 +149,7 @@ def test_flows_around_the_port_live_on(site, family):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_udp_range(site, family):
+def test_udp_flows_of_a_range_change_over(site, family):
     """Of 1,000 ports, the flows to the first and the last change over, too."""
     ports = [{"hostPort": 20000 + i, "containerPort": 30000 + i, "protocol": "udp"} for i in range(1000)]
     with contextlib.ExitStack() as stack:
@@ -165,7 +165,7 @@ def test_udp_range(site, family):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_sctp(site, family):
+def test_sctp_flows_are_forgotten(site, family):
     """The flows of a published SCTP port are forgotten, too, and those of another are not."""
     client, node = site.ip("client", family), site.ip("LAN address", family)
     for port in PORT, PORT + 1:

@@ -69,7 +69,7 @@ def arrives(site, who, source, destination, port):
 
 
 @pytest.mark.parametrize("forged", FORGED, ids=lambda forged: f"{forged[0]} {forged[1]} to {forged[2]} {forged[3]}")
-def test_forged(site, forged):
+def test_forged_packets_do_not_pass(site, forged):
     """No wire leads to the host's localhost, or from it, whoever sends what; the guard counts what it drops."""
     *datagram, when = forged
     before = guard_drops()

@@ -310,7 +310,7 @@ def test_uninstall_0_1_0(site):
 # --- what goes wrong ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mask", [0, 0o002, 0o077])
-def test_umask(site, mask):
+def test_any_umask_leaves_it_readable_and_safe(site, mask):
     """Whatever the umask: all may read and run it, and none but root may write it."""
     site.install(umask=mask)
     site.install(umask=mask)
@@ -319,14 +319,14 @@ def test_umask(site, mask):
     assert not {path: oct(mode) for path, mode in modes.items() if mode & 0o022 or mode & 0o444 != 0o444}
 
 
-def test_cdpath(site, tmp_path):
+def test_cdpath_does_not_choose_what_is_installed(site, tmp_path):
     """CDPATH does not choose what is installed."""
     (tmp_path / "evil/scripts").mkdir(parents=True)
     site.install(cwd=lab.ROOT, env={**os.environ, "CDPATH": str(tmp_path / "evil")})
     assert works(site.bin / "portmap")
 
 
-def test_killed(site):
+def test_killed_at_any_moment_leaves_a_plugin(site):
     """Killed at any moment, an installation leaves the old plugin or the new one; the next leaves nothing else."""
     site.bin.mkdir()
     (site.bin / "portmap").write_text("#!/bin/sh\necho theirs\n")

@@ -402,7 +402,7 @@ def describe(what: "Pod | GcCall") -> str:
                                    for port in what.ports)))
 
 
-def test_walk(host):
+def test_after_each_step_the_kernel_holds_what_the_model_says(host):
     """After every step of a random walk the kernel holds what a model says, and packets go where it says."""
     print(f"WALK_SEED={SEED} WALK_STEPS={STEPS}")
     lan = lab.wire("client", ("192.0.2.1/24", "2001:db8::1/64"), ("192.0.2.2/24", "2001:db8::2/64"))

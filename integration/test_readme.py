@@ -17,7 +17,7 @@ def example() -> Attachment:
                       tuple(ports), 13, pod="shop/web-7d9f", link="veth5c1e09d2#12")
 
 
-def test_ruleset():
+def test_the_ruleset_shown_is_the_one_that_add_writes():
     """The ruleset in the README is the one that ADD writes."""
     shown = "table inet" + README.partition("    table inet")[2].partition("\n\nHow to read it")[0]
     listings = []

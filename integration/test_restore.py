@@ -169,7 +169,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(host, cache, name):
+def test_every_shape_of_the_file_is_understood(host, cache, name):
     """Every shape that libcni's file has had leads to the same rules."""
     alive(WEB)
     host.add(WEB)
@@ -218,7 +218,7 @@ def test_nothing_to_restore(host, cache, name):
     assert [each["file"] for each in report["skipped"]] == [str(file)] and report["skipped"][0]["reason"]
 
 
-def test_garbage(host, cache):
+def test_garbage_in_the_folder_is_passed_over(host, cache):
     """Whatever lies in the folder, restore goes on."""
     alive(WEB)
     whole = cache.write(WEB).read_bytes()

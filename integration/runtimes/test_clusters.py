@@ -41,7 +41,7 @@ def machine(need, cnitool):
 
 
 @pytest.mark.parametrize("provider", CONFLISTS)
-def test_conflist(machine, provider):
+def test_a_conflist_publishes_a_host_port(machine, provider):
     """add, an answer, del of a pod with a hostPort"""
     conflist, pod = CONFLISTS[provider], lab.Namespace(f"pod-{provider}")
     machine.write(f"/etc/cni/net.d/{conflist['name']}.conflist", json.dumps(conflist))

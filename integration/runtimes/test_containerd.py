@@ -169,18 +169,18 @@ class TestPaths:
         ("client", HOST_IP[6], 5353, "udp", CLIENT_IP[6]),
         ("client", HOST_IP[4], 5353, "tcp", "nobody"),
     ])
-    def test_path(self, node, gateways, source, ip, port, protocol, seen):
+    def test_path_leads_where_it_should(self, node, gateways, source, ip, port, protocol, seen):
         """hostPort: whom the server sees"""
         assert node.whom_server_sees(source, ip, port, protocol) in (gateways if seen == "gateway" else [seen])
 
-    def test_sctp(self, node, gateways):
+    def test_sctp_is_published(self, node, gateways):
         """hostPort of SCTP: published"""
         assert {line["protocol"] for line in node.json("cni-portmap", "list", "--json", "--port", "9090")} == {"sctp"}
 
 
 @pytest.mark.parametrize("family", [4, 6], ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("bridged", [False, True], ids=["alone", "with br_netfilter"])
-def test_conformance(node, clean, family, bridged):
+def test_one_port_number_has_three_owners(node, clean, family, bridged):
     """Kubernetes' hostPort conformance test: one port number, three pods, hostIP and protocol differ"""
     if not lab.br_netfilter(bridged):
         pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
@@ -199,7 +199,7 @@ def test_conformance(node, clean, family, bridged):
     assert [saw and saw.server for saw in answers] == ["pod1", "pod2", "pod3"]
 
 
-def test_conflict(node, clean):
+def test_a_second_claim_is_refused(node, clean):
     """A second pod with the port is refused, with the owner's name; the first is unharmed"""
     import grpc
     first = Sandbox(node, "first", (8080, 80, "TCP", ""))
@@ -242,7 +242,7 @@ def test_later_plugin_fails(node, clean):
     assert Sandbox(node, "second", (8080, 80, "TCP", "")).answers()
 
 
-def test_restart(node, clean):
+def test_pods_answer_while_containerd_restarts(node, clean):
     """containerd restarts: live pods answer meanwhile and afterwards, and can be stopped"""
     pod, stays = Sandbox(node, "web", (8080, 80, "TCP", "")), Sandbox(node, "stays", (8090, 80, "TCP", ""))
     where = pod.inside
@@ -256,7 +256,7 @@ def test_restart(node, clean):
     assert "8080" not in lab.table()
 
 
-def test_flush(node, clean):
+def test_ports_come_back_after_a_flush(node, clean):
     """nft flush ruleset, then cni-portmap restore: it answers again"""
     pod = Sandbox(node, "web", (8080, 80, "TCP", ""), (8081, 80, "TCP", "127.0.0.1"))
     flush_ruleset()
@@ -266,7 +266,7 @@ def test_flush(node, clean):
     assert lab.table().count("8081") == 2
 
 
-def test_status(node, clean):
+def test_status_makes_the_network_not_ready(node, clean):
     """libnftables cannot be loaded: NetworkReady is false, with our reason (from containerd 2, by CNI's STATUS)"""
     assert node.conditions()["NetworkReady"]["status"]
     library = node.run("sh", "-c", "readlink -f /usr/lib/*/libnftables.so.1").strip()
@@ -283,7 +283,7 @@ def test_status(node, clean):
     assert node.conditions()["NetworkReady"]["status"]
 
 
-def test_readme(node, clean):
+def test_the_commands_in_the_readme(node, clean):
     """The commands in the README, which have installed what was tested here; undone"""
     pod = Sandbox(node, "web", (8080, 80, "TCP", ""))
     assert pod.answers()

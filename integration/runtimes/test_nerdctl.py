@@ -80,7 +80,7 @@ def container(machine, tmp_path):
     assert "c/" not in lab.table()
 
 
-def test_life(container):
+def test_started_it_answers_until_stopped(container):
     """run -p, stop, start"""
     web = container("web")
     web.create()
@@ -91,7 +91,7 @@ def test_life(container):
     assert web.answers()
 
 
-def test_killed(container):
+def test_a_killed_container_frees_its_port(container):
     """A container dies, and its hook never runs: the next one gets the port (nerdctl#2699)"""
     web, after = container("web"), container("next")
     web.create()

@@ -105,7 +105,7 @@ class TestPaths:
         ("client", HOST_IP[6], 9003, "udp", CLIENT_IP[6]),
         ("client", HOST_IP[4], 9004, "udp", "nobody"),
     ])
-    def test_path(self, podman, gateways, source, ip, port, protocol, seen):
+    def test_path_leads_where_it_should(self, podman, gateways, source, ip, port, protocol, seen):
         """run -p: whom the server sees"""
         assert podman.whom_server_sees(source, ip, port, protocol) in (gateways if seen == "gateway" else [seen])
 
@@ -132,7 +132,7 @@ def test_stop_start_restart(podman, clean):
 
 
 @pytest.mark.parametrize("command", ["podman network reload web", "cni-portmap restore"])
-def test_flush(podman, clean, command):
+def test_ports_come_back_after_a_flush(podman, clean, command):
     """nft flush ruleset, then"""
     podman.start("-p", "8080:80")
     before = lab.table()
@@ -145,14 +145,14 @@ def test_flush(podman, clean, command):
     assert len(lines[0]) == len(lines[1])
 
 
-def test_reload(podman, clean):
+def test_network_reload_changes_nothing(podman, clean):
     """network reload: it answers as before"""
     podman.start("-p", "8080:80")
     podman.podman("network", "reload", "--all")
     assert podman.answers()
 
 
-def test_pod(podman, clean):
+def test_ports_of_a_pod_answer(podman, clean):
     """pod create -p: a container of the pod answers; pod stop, pod start"""
     podman.podman("pod", "create", "--name", "pod", "--network", "dual", "-p", "8080:80", "--infra-image", "image",
                   "--infra-command", "/bin/busybox sleep 100000", "--infra-name", "infra")
@@ -171,7 +171,7 @@ def test_two_networks(podman, clean):
 
 
 @pytest.mark.parametrize("leaves", ["other", "dual"])
-def test_connect(podman, clean, leaves):
+def test_connect_and_disconnect_keep_the_port(podman, clean, leaves):
     """network connect other: it answers; so it does after network disconnect"""
     podman.start("-p", "8080:80")
     podman.podman("network", "connect", "other", "web")
@@ -181,7 +181,7 @@ def test_connect(podman, clean, leaves):
         assert lab.exchange(lab.HOST, "127.0.0.1", 8080)
 
 
-def test_killed(podman, clean):
+def test_a_killed_container_frees_its_port(podman, clean):
     """kill -9 of the container: its port is free for another"""
     podman.start("-p", "8080:80")
     podman.run("kill", "-9", podman.podman("inspect", "--format", "{{.State.Pid}}", "web"))
@@ -202,7 +202,7 @@ def test_conmon_killed(podman, clean):
     assert podman.answers(name="next")
 
 
-def test_removed(podman, clean):
+def test_a_removed_container_leaves_nothing(podman, clean):
     """rm -f of a running container: nothing is left"""
     podman.start("-p", "8080:80")
     podman.podman("rm", "-f", "-t", "0", "web")
@@ -210,7 +210,7 @@ def test_removed(podman, clean):
 
 
 @pytest.mark.parametrize("second", ["8080:80", "127.0.0.1:8080:80"])
-def test_conflict(podman, clean, second):
+def test_a_second_claim_is_refused(podman, clean, second):
     """A second container with the port is refused, with the owner's name; the first is unharmed; the second had -p"""
     owner = podman.start("-p", "8080:80")
     before = lab.table()
@@ -226,7 +226,7 @@ def test_random_port(podman, clean):
     assert podman.answers(int(podman.podman("port", "web", "80").rpartition(":")[2]))
 
 
-def test_readme(podman, clean):
+def test_the_commands_in_the_readme(podman, clean):
     """The commands in the README"""
     assert "hello\n" in podman.shell(f"IMAGE=hello\n{COMMANDS}")
     assert in_readme(COMMANDS)

@@ -8,6 +8,7 @@ import pytest
 from lab.machine import PLUGINS, Machine, wrappers
 
 USER = 65534
+# Links by command, not by the lab: this is a shell in user and mount namespaces that the tests' process is not in.
 BOOT = """
 echo $$; read mapped
 mount -t tmpfs tmpfs /run  # the user's own there, as is libcni's folder
@@ -71,7 +72,7 @@ def rootless(machine, tmp_path):
     assert lab.table() == ""
 
 
-def test_life(rootless):
+def test_a_container_answers_its_user(rootless):
     """ADD, answers on localhost and to the user's network, CHECK, DEL; the host's own rules stay as they are"""
     ports = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
     rootless.add(ports)
