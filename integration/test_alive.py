@@ -2,20 +2,18 @@
 import base64
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import pathlib
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 
-import harness
 import lab
 import pytest
-from harness import LOCK, TABLE, Call, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
+from lab import TABLE, Call, Host, Pod, fork
 
 from cni_portmap import libcni_cache
+from cni_portmap.linux import kernel
 from cni_portmap.verbs.restore import prune, restore
 
 WHOLE_ID = "5f0c1b" + "a" * 58
@@ -35,21 +33,14 @@ def bare(name: str, *ports: str, **options: str) -> Pod:
 def end(pod: Pod) -> None:
     """The container ends without DEL."""
     if pod.link:
-        lab.run("ip", "link", "del", pod.link)
-    lab.run("ip", "netns", "del", pathlib.Path(pod.netns).name)
-
-
-def command(host: Host, *arguments: str, within: tuple[str, ...] = (), status: int = 0) -> str:
-    """What cni-portmap prints, run by the command line `within`."""
-    done = subprocess.run([*within, host.executable.parent.parent / "sbin/cni-portmap", *arguments], text=True,
-                          capture_output=True, check=False)
-    assert done.returncode == status and "Traceback" not in done.stderr, done
-    return done.stdout
+        lab.delete_link(pod.link)
+    lab.delete_namespace(pathlib.Path(pod.netns).name)
 
 
 def owners(host: Host, within: tuple[str, ...] = ()) -> dict[str, str]:
     """Who lives, by container ID, as `list` says."""
-    return {each["container_id"]: each["owner"] for each in json.loads(command(host, "list", "--json", within=within))}
+    listed = json.loads(host.command("list", "--json", within=within))
+    return {each["container_id"]: each["owner"] for each in listed}
 
 
 @contextlib.contextmanager
@@ -62,48 +53,6 @@ def sleeper(*within: str) -> Iterator[int]:
             yield process.pid
         finally:
             process.kill()
-
-
-@contextlib.contextmanager
-def held() -> Iterator[None]:
-    """The lock is held by this process."""
-    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def lock_is_free() -> bool:
-    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    """Whether something comes true in time."""
-    end_of_it = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end_of_it:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def waits(call: Call) -> bool:
-    """Whether a call waits for the lock that this process holds: it has the file open, and does nothing."""
-    def opened() -> bool:
-        with contextlib.suppress(OSError):
-            return any(os.path.realpath(f"/proc/{call.process.pid}/fd/{fd}") == str(LOCK)
-                       for fd in os.listdir(f"/proc/{call.process.pid}/fd"))
-        return False
-    return until(opened)
 
 
 # --- from everywhere ------------------------------------------------------------------------------------------
@@ -130,9 +79,9 @@ def test_a_link_says_the_same_everywhere(host, where):
     within = ELSEWHERE[where]
     assert owners(host, within) == {"alive": "alive", "dead": "dead"}
     reply = host.call("ADD", Pod("heir", "8080:80", netns="/proc/self/ns/net"), *within)
-    assert reply.code == 101 and harness.chains() == [alive.chain, dead.chain]
-    command(host, "gc", within=within)
-    assert harness.chains() == [alive.chain]
+    assert reply.code == 101 and lab.chains() == [alive.chain, dead.chain]
+    host.command("gc", within=within)
+    assert lab.chains() == [alive.chain]
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
@@ -146,8 +95,8 @@ def test_without_a_link_absence_needs_proof(host, where):
     with sleeper("nsenter", f"--net={alive.netns}"):
         seen = owners(host, within)
         assert seen["dead"] == ("unknown" if where in BLIND else "dead") and seen["alive"] != "dead"
-        said = command(host, "gc", within=within)
-        assert harness.chains() == [alive.chain] + [dead.chain] * (where in BLIND)
+        said = host.command("gc", within=within)
+        assert lab.chains() == [alive.chain] + [dead.chain] * (where in BLIND)
         assert ("cannot be judged" in said) == (where in BLIND)
         if where in BLIND:
             reply = host.call("ADD", Pod("heir", "9090:90", netns="/proc/self/ns/net"), *within)
@@ -173,7 +122,7 @@ def test_what_keeps_a_namespace_alive(host, holder):
                 ["nsenter", f"--net={pod.netns}", "/usr/bin/python3", "-c", THREAD], stdout=subprocess.PIPE))
             stack.callback(process.kill)
             assert process.stdout is not None and process.stdout.readline()
-            assert until(lambda: "zombie" in pathlib.Path(f"/proc/{process.pid}/status").read_text())
+            assert lab.until(lambda: "zombie" in pathlib.Path(f"/proc/{process.pid}/status").read_text())
         lab.run("umount", "--lazy", pod.netns)
         if holder != "mount elsewhere":
             os.unlink(pod.netns)  # the kernel then ends what is mounted on it elsewhere
@@ -206,7 +155,7 @@ def test_a_process_that_moves_on(host):
             process.stdin.flush()
             process.stdout.readline()
             assert os.readlink(pod.netns) != inner
-            lab.run("ip", "netns", "del", "moved")
+            lab.delete_namespace("moved")
             assert owners(host) == {"web": "alive"}
             assert host.call("ADD", Pod("other", "8080:80")).code == 101
 
@@ -227,11 +176,11 @@ input()
 def test_add_for_a_container_that_is_gone(host, make):
     """It is refused, publishes nothing, and blocks nobody; one that publishes nothing is not looked at."""
     pod = make("web", "8080:80")
-    harness.make_namespace(pod.netns)
+    lab.ensure_namespace(pod.netns)
     end(pod)
     pod.gone = True
     reply = host.call("ADD", pod)
-    assert reply.code == 4 and "CNI_NETNS" in reply.msg and not harness.chains()
+    assert reply.code == 4 and "CNI_NETNS" in reply.msg and not lab.chains()
     assert not host.call("ADD", pod.but()).code
     host.add(Pod("other", "8080:80"))
 
@@ -240,24 +189,24 @@ def test_add_for_a_container_that_is_gone(host, make):
 def test_deleted_while_add_waits_for_the_lock(host, make):
     """DEL answers at once, the container goes, and then the ADD that waited publishes nothing."""
     pod = make("web", "8080:80")
-    harness.make_namespace(pod.netns)
+    lab.ensure_namespace(pod.netns)
     host.add(Pod("bystander", "1000:80"))
-    with held():
+    with lab.held_lock():
         call = Call(host.executable, "ADD", pod)
-        assert waits(call)
+        lab.wait_until_blocked(call.process.pid)
         assert not host.call("DEL", pod).code
         end(pod)
-    assert call.answer().code == 4 and harness.chains() == ["c/bystander/eth0"]
+    assert call.answer().code == 4 and lab.chains() == ["c/bystander/eth0"]
 
 
-class Late(harness.kernel.Kernel):
+class Late(kernel.Kernel):
     """A kernel whose lock is another's at first, who does something meanwhile."""
 
     def __init__(self, meanwhile: Callable[[], object]) -> None:
         super().__init__()
         self._meanwhile = meanwhile
 
-    def lock(self) -> harness.kernel.Lock:
+    def lock(self) -> kernel.Lock:
         meanwhile, self._meanwhile = self._meanwhile, lambda: None
         meanwhile()
         return super().lock()
@@ -274,7 +223,7 @@ def test_gc_spares_who_comes_back(host, make):
     found = prune(Late(lambda: host.add(
         wired("web", "8080:80", number=4) if make is wired else bare("web", "8080:80"))))
     assert {owner.container_id: state for owner, (state, _) in found} == {"web": "dead", "dead": "dead"}
-    assert harness.chains() == [pods[0].chain] and owners(host) == {"web": "alive"}
+    assert lab.chains() == [pods[0].chain] and owners(host) == {"web": "alive"}
 
 
 @pytest.mark.parametrize("make", [wired, bare])
@@ -290,28 +239,28 @@ def test_restore_looks_again(host, make, meanwhile, tmp_path):
         "kind": "cniCacheV1", "containerId": pod.id, "ifName": "eth0", "networkName": "net", "netns": pod.netns,
         "config": base64.b64encode(json.dumps(conflist).encode()).decode(), "cniArgs": [["K8S_POD_NAME", "web"]],
         "capabilityArgs": {"portMappings": pod.ports}, "result": json.loads(pod.stdin("ADD"))["prevResult"]}))
-    harness.nft(f"delete table {TABLE}")
+    lab.nft_script(f"delete table {TABLE}")
     memory = libcni_cache.Memory([tmp_path])
     act = {"nothing": lambda: None, "DEL": file.unlink, "the container ends": lambda: end(pod)}[meanwhile]
     lost, refused = restore([found for _, found in memory.found], Late(act), False, memory.is_current)
     spared = meanwhile == "nothing" or (make is bare and meanwhile != "DEL")
-    assert (len(lost), refused, harness.chains()) == (spared, [], [pod.chain] * spared)
+    assert (len(lost), refused, lab.chains()) == (spared, [], [pod.chain] * spared)
 
 
 @pytest.mark.parametrize("make", [wired, bare])
 def test_a_new_namespace_of_the_same_name(host, make):
     """`ip netns add web`, again: the kernel may give it the same number, and the dead must give way all the same."""
     pod = make("web", "8080:80")
-    harness.make_namespace(pod.netns)
+    lab.ensure_namespace(pod.netns)
     host.add(pod)
-    record = "".join(line for line in harness.state() if "netns=" in line)
+    record = "".join(line for line in lab.state() if "netns=" in line)
     number = os.stat(pod.netns).st_ino
     assert str(number) in record
     if make is wired:
-        lab.run("ip", "link", "del", pod.link)
+        lab.delete_link(pod.link)
     second = Pod("second", "8080:80", netns=pod.netns)  # its namespace has the number of the first
     host.add(second)
-    assert harness.chains() == [second.chain]
+    assert lab.chains() == [second.chain]
 
 
 def test_a_path_that_hangs_holds_nobody_up(host):
@@ -361,13 +310,13 @@ def test_a_namesake_in_another_network(host, make):
     """Two runtimes use one container ID, in two networks: the second is refused while the first lives."""
     first = make("web", "8080:80", network="blue")
     host.add(first)
-    before = harness.state()
+    before = lab.state()
     second = Pod("web", "9090:90", network="red", netns=lab.Namespace("second").path)
     reply = host.call("ADD", second)
-    assert reply.code == 101 and "network blue" in reply.msg and harness.state() == before
+    assert reply.code == 101 and "network blue" in reply.msg and lab.state() == before
     end(first)
     host.add(second)
-    assert harness.elements() == {("ipv4", "tcp", "9090"): second.chain}
+    assert lab.elements() == {("ipv4", "tcp", "9090"): second.chain}
 
 
 def test_people_know_pods(host):
@@ -377,9 +326,9 @@ def test_people_know_pods(host):
     host.add(Pod(WHOLE_ID, "9090:90", args=args))
     reply = host.call("ADD", Pod("second", "9090:90"))
     assert f"published by pod shop/web-7d9f, container {WHOLE_ID}, " in reply.msg and "waited 2 s" in reply.msg
-    listed = json.loads(command(host, "list", "--json"))
+    listed = json.loads(host.command("list", "--json"))
     assert {each["container_id"]: each["pod"] for each in listed} == {WHOLE_ID[:8]: "", WHOLE_ID: "shop/web-7d9f"}
-    table = command(host, "list", "--port", "9090").splitlines()
+    table = host.command("list", "--port", "9090").splitlines()
     assert "POD" in table[0] and "shop/web-7d9f" in table[1]
     assert not host.call("CHECK", Pod(WHOLE_ID, "9090:90", args=args)).code
     assert not host.call("CHECK", Pod(WHOLE_ID, "9090:90")).code
@@ -394,13 +343,13 @@ def test_hand_over(host, leaves):
     host.add(last)
     call = Call(host.executable, "ADD", following)
     host.add(Pod("third", "7070:70"))  # another ADD goes on
-    assert until(lock_is_free) and call.process.poll() is None  # it may be about to take its first look
+    assert lab.until(lab.lock_is_free) and call.process.poll() is None  # it may be about to take its first look
     if leaves == "DEL":
         host.delete(last)
     else:
         end(last)
     assert not call.answer().code
-    assert harness.elements()["ipv4", "tcp", "8080"] == following.chain and last.chain not in harness.chains()
+    assert lab.elements()["ipv4", "tcp", "8080"] == following.chain and last.chain not in lab.chains()
 
 
 def test_a_predecessor_is_waited_for_longer(host):
@@ -419,12 +368,12 @@ def test_a_predecessor_is_waited_for_longer(host):
 def test_killed_while_it_waits(host):
     """An ADD that is killed while it waits for an owner leaves nothing behind, and holds nothing."""
     host.add(Pod("owner", "8080:80"))
-    before = harness.state()
+    before = lab.state()
     call = Call(host.executable, "ADD", Pod("second", "8080:80"))
-    assert until(lambda: "clock_nanosleep" in pathlib.Path(f"/proc/{call.process.pid}/stack").read_text()
+    assert lab.until(lambda: "clock_nanosleep" in pathlib.Path(f"/proc/{call.process.pid}/stack").read_text()
                  or "hrtimer_nanosleep" in pathlib.Path(f"/proc/{call.process.pid}/wchan").read_text())
     call.process.kill()
-    assert call.answer().code == -1 and harness.state() == before and lock_is_free()
+    assert call.answer().code == -1 and lab.state() == before and lab.lock_is_free()
 
 
 # --- nobody waits for somebody else ---------------------------------------------------------------------------
@@ -445,7 +394,7 @@ def test_a_stopped_terminal_holds_nobody_up(host):
     assert call.stdin is not None
     call.stdin.write(stand_by.stdin("ADD").encode())
     call.stdin.close()
-    assert until(lambda: stand_by.chain in harness.chains())
+    assert lab.until(lambda: stand_by.chain in lab.chains())
     host.add(Pod("other", "9090:90"))
     assert call.poll() is None
     os.close(write)
@@ -462,13 +411,13 @@ def test_a_flush_in_the_middle(host, verb):
         pod = Pod("second", "9090:90")
 
     def flush_once() -> None:
-        transact = harness.kernel.Kernel.transact
+        transact = kernel.Kernel.transact
 
-        def flushed(self: harness.kernel.Kernel, text: str) -> None:
-            harness.kernel.Kernel.transact = transact  # type: ignore[method-assign]
-            harness.nft(f"delete table {TABLE}")
+        def flushed(self: kernel.Kernel, text: str) -> None:
+            kernel.Kernel.transact = transact  # type: ignore[method-assign]
+            lab.nft_script(f"delete table {TABLE}")
             self.transact(text)
-        harness.kernel.Kernel.transact = flushed  # type: ignore[method-assign,assignment]
+        kernel.Kernel.transact = flushed  # type: ignore[method-assign,assignment]
     reply = fork(verb, pod, prepare=flush_once)
     assert not reply.code, reply
-    assert harness.chains() == [pod.chain] * (verb == "ADD")
+    assert lab.chains() == [pod.chain] * (verb == "ADD")

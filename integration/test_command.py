@@ -3,12 +3,10 @@ import base64
 import json
 import pathlib
 import subprocess
-import sys
 
 import lab
 import pytest
 
-sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
 from cni_portmap.attachment import Address, Attachment, Port
 
@@ -30,7 +28,7 @@ def command(bin_dir: pathlib.Path, *arguments: object, status: int = 0) -> str:
 def network(bin_dir):
     yield lab.Network(lab.bridge_conflist("command", "cmd0"), bin_dir)
     lab.run("nft", "delete", "table", "inet", "cni_portmap", check=False)
-    lab.run("ip", "link", "del", "cmd0", check=False)
+    lab.delete_link("cmd0", missing_ok=True)
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def web(network):
     container.remove()
 
 
-def test_list(bin_dir, web):
+def test_list_has_a_line_for_each_rule(bin_dir, web):
     """Each rule is a line, by host port; consecutive ports are ranges; connections are counted."""
     server = lab.Server("web", web, 80)
     for _ in range(3):
@@ -95,7 +93,7 @@ def test_gc_removes_the_dead(bin_dir, network, web):
         assert "0 dead" in command(bin_dir, "gc")
 
 
-def test_restore(bin_dir, web, tmp_path):
+def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):
     """What a flushed ruleset lost comes back from libcni's cache, once, and not for the dead."""
     entry = {"kind": "cniCacheV1", "containerId": web.id, "ifName": "eth0", "networkName": "command",
              "config": base64.b64encode(json.dumps(web.network.conflist).encode()).decode(),
@@ -131,7 +129,7 @@ def test_restore_base_only(bin_dir, web):
     assert "nothing" in command(bin_dir, "restore", "--base-only") and lab.table() == ""
 
 
-def test_teardown(bin_dir, network, web):
+def test_teardown_refuses_while_containers_are_published(bin_dir, network, web):
     """It refuses while containers are published, and names them; then it closes, and removes the table."""
     gone = lab.Container(network, "gone", [{"hostPort": 1, "containerPort": 1}])
     gone.namespace.remove()
@@ -147,20 +145,20 @@ def test_teardown(bin_dir, network, web):
     assert "would close 127.0.0.0/8 on cmd0" in command(bin_dir, "teardown", "--force", "--dry-run")
     assert lab.table() == before
     assert "closed ::1 on cmd0" in command(bin_dir, "teardown", "--force")
-    assert lab.table() == "" and not lab.run("ip", "-6", "route", "show", "table", "local", "metric", "4096")
+    assert lab.table() == "" and "cmd0" not in dict(lab.localhost_routes())
     assert command(bin_dir, "teardown") == ""
 
 
 def test_ten_thousand_ports(bin_dir, network, tmp_path):
     """Ten thousand containers with a port each are listed by as many questions to the kernel as a thousand are."""
-    lab.run("nft", "-f", "-", input=ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED}))
+    lab.nft_script(ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED}))
     asked = {}
     for first in range(1, 10_001, 1000):
         attachments = (Attachment(f"{port:064x}", "eth0", "many", netns="/run/netns/none", inode=1, mark_bit=13,
                                   addresses={4: Address(4, "10.88.0.2", "10.88.0.0/16")},
                                   ports=(Port(4, "tcp", "", port, 80),))
                        for port in range(first, first + 1000))
-        lab.run("nft", "-f", "-", input="".join(map(ruleset.attach, attachments)))
+        lab.nft_script("".join(map(ruleset.attach, attachments)))
         if first in (1, 9001):
             lines = lab.run("strace", "-o", tmp_path / "trace", "-e", "trace=sendto",
                             bin_dir.parent / "sbin/cni-portmap", "list").splitlines()
@@ -180,7 +178,7 @@ CONFLIST = """{"cniVersion": "1.0.0", "name": "web", "plugins": [
     (', "conditionsV4": ["-p", "tcp"]', "plugins[1].conditionsV4: expected nft match text in place of"),
     (', "markMasqBit": 32', "3:78: plugins[1].markMasqBit: expected the bit"),
     (', "markMasqBit": 3, "externalSetMarkChain": "X"', "markMasqBit"), (', "snat": tru', "3:71: JSON: expected")])
-def test_validate(bin_dir, tmp_path, extra, where):
+def test_validate_names_the_place_of_a_mistake(bin_dir, tmp_path, extra, where):
     """A conflist's mistakes are named with line, column, path and expectation."""
     file = tmp_path / "web.conflist"
     file.write_text(CONFLIST % extra)

@@ -1,5 +1,4 @@
 """Many calls at once, and the lock that orders them."""
-import contextlib
 import fcntl
 import os
 import pathlib
@@ -8,17 +7,15 @@ import signal
 import stat
 import subprocess
 import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import harness
 import lab
 import pytest
-from harness import LOCK, Answer, Call, Collection, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
+from cni_portmap import kernel
+from lab import LOCK, Answer, Call, GcCall, Host, Pod, fork
 
 
-def at_once(host: Host, calls: "list[tuple[str, Pod | Collection]]") -> list[Answer]:
+def at_once(host: Host, calls: "list[tuple[str, Pod | GcCall]]") -> list[Answer]:
     """The answers to calls of the executable that all run at the same time, in their order."""
     under_way = [Call(host.executable, verb, what) for verb, what in calls]
     with ThreadPoolExecutor(len(calls)) as readers:
@@ -42,7 +39,7 @@ def test_twelve_racers(host, prepared, dead):
     assert sorted(answer.code for answer in answers) == [0] + [101] * 11
     winner = racers[[answer.code for answer in answers].index(0)]
     assert all(f"container {winner.id}," in answer.msg for answer in answers if answer.code)
-    assert harness.chains() == sorted([winner.chain] + (["c/bystander/eth0"] if prepared else []))
+    assert lab.chains() == sorted([winner.chain] + (["c/bystander/eth0"] if prepared else []))
     assert not host.call("CHECK", winner).code
 
 
@@ -50,20 +47,20 @@ def test_two_hundred(host):
     """200 containers come at once, the first ever, to one base; go at once, and leave the table as it was."""
     first = Pod("first", "1000:80")
     host.add(first)
-    base = [line for line in harness.state() if first.chain not in line]
+    base = [line for line in lab.state() if first.chain not in line]
     host.delete(first)
-    assert harness.state() == base
-    harness.nft(f"delete table {harness.TABLE}")
+    assert lab.state() == base
+    lab.nft_script(f"delete table {lab.TABLE}")
     pods = [Pod(f"pod{i}", f"{10000 + i}:80", f"192.0.2.1:{20000 + i}:53/udp", ips=(f"10.20.0.{i}/16",))
             for i in range(200)]
     for pod, answer in zip(pods, at_once(host, [("ADD", pod) for pod in pods])):
         assert not answer.code, (pod.id, answer)
-    assert len(harness.elements()) == 400 and harness.chains() == sorted(pod.chain for pod in pods)
+    assert len(lab.elements()) == 400 and lab.chains() == sorted(pod.chain for pod in pods)
     for answer in at_once(host, [("CHECK", pod) for pod in pods[::20]]):
         assert not answer.code, answer
     for pod, answer in zip(pods, at_once(host, [("DEL", pod) for pod in pods])):
         assert not answer.code, (pod.id, answer)
-    assert harness.state() == base
+    assert lab.state() == base
 
 
 def test_everything_at_once(host):
@@ -72,76 +69,31 @@ def test_everything_at_once(host):
                                      for name, port, network in (("coming", 10000, "net"), ("going", 11000, "net"),
                                                                  ("staying", 12000, "net"), ("stale", 13000, "old")))
     host.add(*going, *staying, *stale)
-    calls: list[tuple[str, Pod | Collection]] = [("ADD", pod) for pod in coming + staying]
+    calls: list[tuple[str, Pod | GcCall]] = [("ADD", pod) for pod in coming + staying]
     calls += [("DEL", pod) for pod in going] * 2 + [("CHECK", pod) for pod in staying] * 2
-    calls += [("GC", Collection("old")), ("GC", Collection("net", *coming, *going, *staying))] * 3
+    calls += [("GC", GcCall("old")), ("GC", GcCall("net", *coming, *going, *staying))] * 3
     for (verb, what), answer in zip(calls, at_once(host, calls)):
         assert not answer.code, (verb, what.id, answer)
-    assert harness.chains() == sorted(pod.chain for pod in coming + staying)
+    assert lab.chains() == sorted(pod.chain for pod in coming + staying)
     for answer in at_once(host, [("CHECK", pod) for pod in coming + staying]):
         assert not answer.code, answer
 
 
-@contextlib.contextmanager
-def foreign_changes(limit: float = 300) -> Iterator[None]:
-    """Somebody else changes a table of their own without a pause, while the block runs and at most for `limit` s."""
-    harness.nft("add table inet other", "add chain inet other busy", "add set inet other ips { type ipv4_addr; }")
-    pid = os.fork()
-    if not pid:
-        try:
-            signal.alarm(int(limit))
-            context = harness.nftables.Nftables()
-            while True:
-                context.cmd("add rule inet other busy counter; add element inet other ips { 192.0.2.1 }")
-                context.cmd("flush chain inet other busy; flush set inet other ips")
-        finally:
-            os._exit(0)
-    generation = harness.generation()
-    try:
-        yield
-    finally:
-        ended = os.waitpid(pid, os.WNOHANG)[0]
-        if not ended:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    assert not ended and harness.generation() > generation + 50, "nothing was going on"
-
-
 def test_foreign_changes(host):
     """Another program that changes its own rules all the time makes no call fail."""
-    with foreign_changes():
+    with lab.foreign_changes():
         pods = [Pod(f"pod{i}", *(f"{10000 + 100 * i + port}:80" for port in range(20))) for i in range(8)]
         for verb in ("ADD", "CHECK", "ADD", "CHECK", "DEL") * 2:
             for answer in at_once(host, [(verb, pod) for pod in pods]):
                 assert not answer.code, (verb, answer)
-    assert not harness.chains() and not harness.elements()
+    assert not lab.chains() and not lab.elements()
 
 
 # --- the lock -------------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def held() -> Iterator[int]:
-    """The lock is held by this process; its file descriptor."""
-    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def wait_until_blocked(pid: int) -> None:
-    """Return when a process waits for the lock."""
-    for _ in range(1000):
-        if re.search(rf"-> FLOCK .* {pid} ", pathlib.Path("/proc/locks").read_text()):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"process {pid} does not wait for the lock")
-
-
 def impatient() -> None:
     """Wait for the lock for 0.2 seconds only."""
-    harness.kernel.LOCK_SECONDS = 0.2
+    kernel.LOCK_SECONDS = 0.2
 
 
 def blocking_alarms() -> None:
@@ -156,20 +108,20 @@ def test_wait_is_bounded(host, verb, prepare):
     """A call that does not get the lock in time says so with code 11, and has changed nothing."""
     web = Pod("web", "8080:80")
     host.add(web)
-    before = harness.state()
-    with held():
-        call = harness.call(verb, Collection("net") if verb == "GC" else web, prepare=prepare)
+    before = lab.state()
+    with lab.held_lock():
+        call = lab.start_fork(verb, GcCall("net") if verb == "GC" else web, prepare=prepare)
         deadline = threading.Timer(5, os.kill, (call.pid, signal.SIGKILL))
         deadline.start()
         reply = call.answer()
         deadline.cancel()
     assert reply.code == 11 and str(LOCK) in reply.msg
-    assert harness.state() == before
+    assert lab.state() == before
 
 
 def test_no_lock_without_need(host):
     """A container that publishes nothing waits for nobody."""
-    with held():
+    with lab.held_lock():
         for verb in "ADD", "CHECK", "DEL":
             assert not host.call(verb, Pod("quiet")).code
 
@@ -177,9 +129,9 @@ def test_no_lock_without_need(host):
 @pytest.mark.parametrize("wait", ["before the lock", "while it waits"])
 def test_death_releases(host, wait):
     """A call that is killed while it holds the lock, or waits for it, holds up nobody."""
-    with held() as fd:
+    with lab.held_lock() as fd:
         waiting = Call(host.executable, "ADD", Pod("waiting", "8080:80"))
-        wait_until_blocked(waiting.process.pid)
+        lab.wait_until_blocked(waiting.process.pid)
         if wait == "while it waits":
             waiting.process.kill()
             assert waiting.answer().code == -1
@@ -187,18 +139,18 @@ def test_death_releases(host, wait):
         if wait == "before the lock":
             assert not waiting.answer().code
     host.add(Pod("next", "9090:80"))
-    assert ("c/waiting/eth0" in harness.chains()) == (wait == "before the lock")
+    assert ("c/waiting/eth0" in lab.chains()) == (wait == "before the lock")
 
 
 def test_death_of_a_holder_releases(host):
     """Who waits for the lock goes on as soon as its holder is killed."""
-    with held():
+    with lab.held_lock():
         holder = os.fork()
         if not holder:
             signal.pause()  # holds the lock's open file too
             os._exit(0)
     waiting = Call(host.executable, "ADD", Pod("waiting", "8080:80"))
-    wait_until_blocked(waiting.process.pid)
+    lab.wait_until_blocked(waiting.process.pid)
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     assert not waiting.answer(timeout=10).code
@@ -210,7 +162,7 @@ def test_never_held_while_a_socket_closes(host, tmp_path):
     web = Pod("web", "8080:80", "192.0.2.1:53:53/udp", ips=("10.20.0.2/24", "fd20::2/64"))
     lan = Pod("web", "8080:80", ifname="net1", netns=web.netns)
     calls = [("ADD", web), ("ADD", web), ("ADD", Pod("rival", "8080:80")), ("CHECK", web), ("DEL", lan), ("DEL", web),
-             ("ADD", web), ("GC", Collection("net"))]
+             ("ADD", web), ("GC", GcCall("net"))]
     for verb, what in calls:
         trace = tmp_path / "trace"
         host.call(verb, what, "strace", "-f", "-qq", "-yy", "-e", "trace=flock,close,sendmsg,sendto", "-o", trace)
@@ -254,7 +206,7 @@ def test_tricks_with_the_file(host, trick, tmp_path):
     try:
         reply = host.call("ADD", Pod("web", "8080:80"))
         assert reply.code == 5 and str(LOCK) in reply.msg
-        assert target.read_text() == "precious" and not harness.chains()
+        assert target.read_text() == "precious" and not lab.chains()
     finally:
         LOCK.rmdir() if LOCK.is_dir() and not LOCK.is_symlink() else LOCK.unlink()
     host.add(Pod("web", "8080:80"))
@@ -279,13 +231,13 @@ def test_unprivileged_user_cannot_hold(host):
 
 def test_file_deleted_while_held(host):
     """Who waits for a lock file that is deleted meanwhile takes the new one, so two of them never run at once."""
-    with held():
+    with lab.held_lock():
         first = Call(host.executable, "ADD", Pod("first", "8080:80"))
-        wait_until_blocked(first.process.pid)
+        lab.wait_until_blocked(first.process.pid)
         LOCK.unlink()
-        with held():  # the new file
+        with lab.held_lock():  # the new file
             second = Call(host.executable, "ADD", Pod("second", "8080:80"))
-            wait_until_blocked(second.process.pid)
+            lab.wait_until_blocked(second.process.pid)
     codes = sorted((first.answer().code, second.answer().code))
     assert codes == [0, 101]
 
@@ -298,7 +250,7 @@ def test_racers_while_the_file_is_deleted(host):
             LOCK.unlink(missing_ok=True)
         answers = [call.answer() for call in calls]
         winners = [i for i, answer in enumerate(answers) if not answer.code]
-        assert len(winners) == 1 and harness.chains() == [f"c/racer{winners[0]}/eth0"]
+        assert len(winners) == 1 and lab.chains() == [f"c/racer{winners[0]}/eth0"]
         host.delete(Pod(f"racer{winners[0]}"))
-        assert not harness.elements()
+        assert not lab.elements()
         assert fork("CHECK", Pod(f"racer{winners[0]}", "8080:80")).code == 104

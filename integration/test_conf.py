@@ -20,11 +20,11 @@ def client():
 class TestConflist:
     """One file."""
 
-    def test_valid(self, bin_dir, path):
+    def test_validate_accepts_it(self, bin_dir, path):
         """`cni-portmap validate` has nothing against it."""
         assert lab.run(bin_dir.parent / "sbin/cni-portmap", "validate", path) == f"{path}: valid\n"
 
-    def test_works(self, bin_dir, client, path, tmp_path):
+    def test_its_ports_answer(self, bin_dir, client, path, tmp_path):
         """The real plugins make a container of it, whose ports answer whom they should, and remove it."""
         conflist = json.loads(path.read_text())
         first = conflist["plugins"][0]
@@ -43,7 +43,7 @@ class TestConflist:
         box.remove()
         assert box.id not in lab.table()
         if "bridge" in first:
-            lab.run("ip", "link", "del", first["bridge"])
+            lab.delete_link(first["bridge"])
 
 
 def test_all_listed():

@@ -8,12 +8,11 @@ import pathlib
 import re
 import socket
 
-import harness
 import lab
 import pytest
 from cni_portmap import ruleset
 from cni_portmap.attachment import Address, Attachment, Port
-from harness import Pod
+from lab import Pod
 
 # nf_tables' messages in their order (enum nf_tables_msg_types): strace does not know a socket's protocol before its
 # first message has left, and prints that one's number.
@@ -24,8 +23,6 @@ CROWD = 500
 NOBODY, ONE, UDP = Pod("nobody"), Pod("one", "8080:80"), Pod("udp", "8080:80/udp")
 SPECIFIC, MANY = Pod("specific", "192.0.2.1:8080:80"), Pod("many", *(f"{port}:{port}" for port in range(9000, 9100)))
 
-host = harness.host_fixture
-
 
 class Trace:
     """A call under strace. Counted by message: `wrote` in transactions, `asked` by our reads, `listed` by libnftables.
@@ -33,7 +30,7 @@ class Trace:
     `read`: how many bytes our own reads got; `refused`: answers to libnftables that are errors; `system_calls` by name.
     """
 
-    def __init__(self, host: harness.Host, verb: str, pod: Pod, log: pathlib.Path) -> None:
+    def __init__(self, host: lab.Host, verb: str, pod: Pod, log: pathlib.Path) -> None:
         reply = host.call(verb, pod, "strace", "-f", "-s", "2000", "-o", log)
         assert not reply.code, reply
         self.system_calls, self.wrote, self.asked, self.listed = (collections.Counter[str]() for _ in range(4))
@@ -70,7 +67,7 @@ def trace(host, tmp_path):
 
 def crowd(*places):
     """Publish a port each of many others, in bulk, as ADD writes it."""
-    lab.run("nft", "-f", "-", input="".join(ruleset.attach(Attachment(
+    lab.nft_script("".join(ruleset.attach(Attachment(
         f"crowd{number}", "eth0", "net", netns="/run/netns/crowd", inode=1, mark_bit=13,
         addresses={4: Address(4, "10.20.0.3", "10.20.0.0/24")},
         ports=(Port(4, "tcp", ip, port, 80),))) for number, (ip, port) in enumerate(places)))
@@ -92,14 +89,14 @@ def crowd(*places):
     ("DEL", UDP, 1, 14, 900),
     ("DEL", SPECIFIC, 1, 14, 900),
     ("DEL", MANY, 1, 114, 1000)], ids=lambda value: getattr(value, "id", None))
-def test_call(host, trace, verb, pod, transactions, asked, system_calls):
+def test_a_call_asks_little(host, trace, verb, pod, transactions, asked, system_calls):
     """A call asks little, sends one transaction at most, is refused nothing, and starts no process and no thread."""
     if verb in ("CHECK", "DEL"):
         host.add(pod)
-    before = harness.generation()
+    before = lab.generation()
     seen = trace(verb, pod)
     assert seen.transactions == transactions
-    assert harness.generation() - before == (transactions if verb in ("ADD", "DEL") else 0)
+    assert lab.generation() - before == (transactions if verb in ("ADD", "DEL") else 0)
     assert seen.asked.total() <= asked, seen.asked
     assert seen.system_calls.total() <= system_calls, seen.system_calls
     assert not seen.refused

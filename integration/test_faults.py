@@ -10,16 +10,15 @@ import subprocess
 import time
 from collections.abc import Callable
 
-import harness
 import lab
 import pytest
-import soak
-from harness import TABLE, Call, Collection, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
+from lab.damage import BASE, BOTH, DAMAGES, OTHER
+from lab.soak import soak
+from lab import TABLE, Call, GcCall, Pod, fork
 
 WEB = Pod("web", "8080:80", "127.0.0.1:7070:70/udp")
-OTHER = Pod("other", "9090:80")
 PODS = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"
-EVERYTHING = "TRUST_EVERYTHING" in os.environ  # every error at every call, minutes instead of seconds
+ALL_FAULTS = "ALL_FAULTS" in os.environ  # every error at every call, minutes instead of seconds
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------
@@ -39,20 +38,20 @@ def _published() -> None:
 
 def _owner_dead() -> None:
     _base()
-    lab.run("ip", "link", "add", "dead0", "index", 4711, "type", "veth", "peer", "name", "dead1")  # the same each time
+    lab.add_veth("dead0", "dead1", index=4711)  # the same each time
     fork("ADD", Pod("dead", "8080:80", "6060:60", link="dead0"))
-    lab.run("ip", "link", "del", "dead0")
+    lab.delete_link("dead0")
 
 
 def _with_link() -> None:
     _base()
     if "pod0" not in dict(socket.if_nameindex()).values():
-        lab.run("ip", "link", "add", "pod0", "index", 4712, "type", "veth", "peer", "name", "pod1")
+        lab.add_veth("pod0", "pod1", index=4712)
 
 
 def _base_damaged() -> None:
     _published()
-    harness.nft(f"flush chain {TABLE} dispatch", f"delete chain {TABLE} output")
+    lab.nft_script(f"flush chain {TABLE} dispatch", f"delete chain {TABLE} output")
 
 
 def _three_stale() -> None:
@@ -61,7 +60,7 @@ def _three_stale() -> None:
         fork("ADD", Pod(f"stale{i}", f"{9000 + i}:80", network="old"))
 
 
-SWEEPS: dict[str, tuple[Callable[[], None], str, "Pod | Collection"]] = {
+SWEEPS: dict[str, tuple[Callable[[], None], str, "Pod | GcCall"]] = {
     "the first ADD ever": (_nothing, "ADD", WEB),
     "ADD": (_base, "ADD", WEB),
     "ADD of a pod with a link": (_with_link, "ADD", Pod("pod", "8080:80", link="pod0", args=PODS)),
@@ -69,7 +68,7 @@ SWEEPS: dict[str, tuple[Callable[[], None], str, "Pod | Collection"]] = {
     "ADD in place of a dead owner": (_owner_dead, "ADD", WEB),
     "ADD that repairs the base": (_base_damaged, "ADD", WEB),
     "DEL": (_published, "DEL", WEB),
-    "GC of three": (_three_stale, "GC", Collection("old")),
+    "GC of three": (_three_stale, "GC", GcCall("old")),
 }
 
 
@@ -82,34 +81,34 @@ def test_killed_at_every_instant(host, name):
     prepare, verb, what = SWEEPS[name]
 
     def reset() -> list[str]:
-        harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
+        lab.nft_script(f"add table {TABLE}", f"delete table {TABLE}")
         prepare()
-        return harness.state()
+        return lab.state()
 
     before = reset()
     assert not fork(verb, what).code
-    after = harness.state()
+    after = lab.state()
     assert before != after
     whole = [before, after]
     if not before:
         fork("DEL", what)
-        whole.append(harness.state())
+        whole.append(lab.state())
     found: list[str] | None = None
     seen = []
     for instant in itertools.count():
         if found != before:
             assert reset() == before
-        if not harness.call(verb, what, stop_at=instant).killed:
+        if not lab.start_fork(verb, what, stop_at=instant).killed:
             break
-        found = harness.state()
+        found = lab.state()
         assert found in whole, f"half-done when killed at system call {instant}"
         seen.append(found == after)
         if instant % 5 == 0:
             assert not fork(verb, what).code
-            assert harness.state() == after
+            assert lab.state() == after
             if isinstance(what, Pod):
                 assert not fork("DEL", what).code
-                assert what.chain not in harness.chains() + [*harness.elements().values()]
+                assert what.chain not in lab.chains() + [*lab.elements().values()]
             found = None
     assert len(seen) > 40 and not seen[0] and seen[-1]
 
@@ -119,12 +118,12 @@ def test_localhost_is_never_open_without_the_guard(host):
     lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
     path, opened = pathlib.Path("/proc/sys/net/ipv4/conf/to-web/route_localnet"), []
     for instant in itertools.count():
-        harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
+        lab.nft_script(f"add table {TABLE}", f"delete table {TABLE}")
         path.write_text("0")
-        if not harness.call("ADD", WEB, stop_at=instant).killed:
+        if not lab.start_fork("ADD", WEB, stop_at=instant).killed:
             break
         opened.append(path.read_text() == "1\n")
-        state = "".join(harness.state())
+        state = "".join(lab.state())
         assert not opened[-1] or ("CVE-2020-8558" in state and "to-web" in state), f"system call {instant}"
     assert opened[-1] and not opened[0]
 
@@ -135,20 +134,20 @@ def test_killed_at_random(host):
     print(f"seed {seed}")
     moments = random.Random(seed)
     host.add(OTHER)
-    without = harness.state()
+    without = lab.state()
     host.add(WEB)
-    complete = harness.state()
+    complete = lab.state()
     for verb in ("ADD", "DEL") * 30:
         fork("DEL" if verb == "ADD" else "ADD", WEB)
         call = Call(host.executable, verb, WEB)
         time.sleep(moments.uniform(0.005, 0.06))  # any moment of its life
         call.process.kill()
         call.answer()
-        assert harness.state() in (without, complete), f"{verb}, seed {seed}"
+        assert lab.state() in (without, complete), f"{verb}, seed {seed}"
     host.delete(WEB)
-    assert harness.state() == without
+    assert lab.state() == without
     host.add(WEB)
-    assert harness.state() == complete
+    assert lab.state() == complete
 
 
 def test_interrupted_from_the_keyboard(host, tmp_path):
@@ -157,28 +156,27 @@ def test_interrupted_from_the_keyboard(host, tmp_path):
     Only an interpreter that has not come to our first line ends, without a word, and nothing is written.
     """
     host.add(OTHER)
-    without, trace = harness.state(), tmp_path / "trace"
+    without, trace = lab.state(), tmp_path / "trace"
     assert not host.call("ADD", WEB, "strace", "-o", trace).code
-    complete = harness.state()
+    complete = lab.state()
     lines = [line for line in trace.read_text().splitlines() if re.match(r"\w+\(", line)]
     ignores = next(number for number, line in enumerate(lines, 1) if "SIGINT, {sa_handler=SIG_IGN" in line)
     for number in (*range(1, ignores, 7), *range(ignores + 1, len(lines), 9)):
         fork("DEL", WEB)
-        assert harness.state() == without
+        assert lab.state() == without
         reply = host.call("ADD", WEB, "strace", "-o", trace, "-e", f"inject=all:signal=SIGINT:when={number}")
         if number <= ignores and reply.code:
-            assert (reply.code, reply.document, harness.state()) == (-1, "", without), number
+            assert (reply.code, reply.document, lab.state()) == (-1, "", without), number
         else:
-            assert (reply.code, harness.state()) == (0, complete), number
+            assert (reply.code, lab.state()) == (0, complete), number
 
 
 def test_command_interrupted(host):
     """Ctrl-C ends the command as it ends others: by the signal, without a traceback."""
     host.add(WEB)
-    command = host.executable.parent.parent / "sbin/cni-portmap"
     for call, number in ("openat", 60), ("sendto", 1), ("write", 1):
         done = subprocess.run(["strace", "-o", "/dev/null", "-e", f"inject={call}:signal=SIGINT:when={number}",
-                               command, "list"], capture_output=True, text=True, check=False)
+                               host.cli, "list"], capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGINT and not done.stderr, done
 
 
@@ -217,9 +215,9 @@ def test_every_call_fails(host, verb, tmp_path):
 
     fork("ADD", OTHER)
     fork("ADD", web)
-    complete = harness.state()
+    complete = lab.state()
     fork("DEL", web)
-    without = harness.state()
+    without = lab.state()
     reset()
     trace = tmp_path / "trace"
     assert not host.call(verb, web, "strace", "-f", "-o", trace).code
@@ -227,84 +225,42 @@ def test_every_call_fails(host, verb, tmp_path):
     assert len(instants) > 20
     outcomes, problems = set(), []
     for index, (name, number) in enumerate(instants):
-        for error in _ERRORS if EVERYTHING else [_ERRORS[index % len(_ERRORS)]]:
+        for error in _ERRORS if ALL_FAULTS else [_ERRORS[index % len(_ERRORS)]]:
             reset()
             try:
                 reply = host.call(verb, web, "strace", "-f", "-o", trace, "-e", f"trace={name}",
                                   "-e", f"inject={name}:error={error}:when={number}")
                 assert reply.code != -1
                 outcomes.add(reply.code)
-                found = harness.state()
+                found = lab.state()
                 assert found in ([complete] if verb == "CHECK" else [without, complete])
                 assert reply.code or found == (without if verb == "DEL" else complete)
             except AssertionError as problem:
                 problems.append(f"{name} {number} {error}: {problem}")
     assert not problems, "\n".join(problems)
     assert 0 in outcomes and outcomes & {5, 100}
-    assert not fork("DEL", web).code and harness.state() == without
+    assert not fork("DEL", web).code and lab.state() == without
 
 
 # --- other people's hands -------------------------------------------------------------------------------------
-
-def _delete_rule(chain: str, index: int) -> Callable[[], None]:
-    def damage() -> None:
-        handles = re.findall(r" # handle (\d+)", lab.run("nft", "-a", "list", "chain", "inet", "cni_portmap", chain))
-        harness.nft(f"delete rule {TABLE} {chain} handle {handles[1:][index]}")
-    return damage
-
-
-def _nft(*commands: str) -> Callable[[], None]:
-    return lambda: harness.nft(*commands)
-
-
-_BASE = {"guard": 2, "prerouting": 1, "output": 1, "dispatch": 3, "postrouting": 1}  # chain: its rules
-_OWN_RULES = 7  # the record, two marks, v4 and v6
-BOTH = Pod("web", "8080:80", ips=("10.20.0.2/24", "fd20::2/64"))
-
-# what is done, and what CHECK must name
-DAMAGES: dict[str, tuple[Callable[[], None], str]] = {
-    "ruleset flushed": (_nft("flush ruleset"), "tcp port 8080 on 0.0.0.0"),
-    "table deleted": (_nft(f"delete table {TABLE}"), "tcp port 8080 on 0.0.0.0"),
-    "table flushed": (_nft(f"flush table {TABLE}"), "chain dispatch"),
-    "table dormant": (_nft(f"add table {TABLE} {{ flags dormant; }}"), "dormant"),
-    "element deleted": (_nft(f"delete element {TABLE} hostports {{ ipv6 . tcp . 8080 }}"), "tcp port 8080 on ::"),
-    "map flushed": (_nft(f"flush map {TABLE} hostports"), "tcp port 8080 on 0.0.0.0"),
-    "element stolen": (_nft(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080 }}",
-                            f"create element {TABLE} hostports {{ ipv4 . tcp . 8080 : goto {OTHER.chain} }}"),
-                       "tcp port 8080 on 0.0.0.0"),
-    "own chain flushed": (_nft(f"flush chain {TABLE} {BOTH.chain}"), f"chain {BOTH.chain}"),
-    "own chain deleted": (_nft(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080, ipv6 . tcp . 8080 }}",
-                               f"delete chain {TABLE} {BOTH.chain}"), "tcp port 8080 on 0.0.0.0"),
-    "led elsewhere": (_nft(f"flush chain {TABLE} {BOTH.chain}",
-                           f"add rule {TABLE} {BOTH.chain} meta nfproto ipv4 tcp dport 8080 dnat ip to 10.20.0.66:80"),
-                      f"chain {BOTH.chain}"),
-    **{f"own rule {index} deleted": (_delete_rule(BOTH.chain, index), f"chain {BOTH.chain}")
-       for index in range(_OWN_RULES)},
-    **{f"{chain} flushed": (_nft(f"flush chain {TABLE} {chain}"), f"chain {chain}") for chain in _BASE},
-    **{f"{chain} deleted": (_nft(f"delete chain {TABLE} {chain}"), f"chain {chain}")
-       for chain in _BASE if chain != "dispatch"},
-    **{f"rule {index} of {chain} deleted": (_delete_rule(chain, index), f"chain {chain}")
-       for chain, rules in _BASE.items() for index in range(rules)},
-}
-
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage(host, name):
     """Whatever somebody removes: CHECK names it, DEL succeeds, the next ADD repairs it."""
     damage, named = DAMAGES[name]
     host.add(OTHER, BOTH)
-    whole = harness.state()
+    whole = lab.state()
     assert not host.call("CHECK", BOTH).code
     damage()
-    damaged = harness.state()
+    damaged = lab.state()
     reply = host.call("CHECK", BOTH)
     assert reply.code == 104 and named in reply.msg, reply
-    assert harness.state() == damaged
+    assert lab.state() == damaged
     host.delete(OTHER)
-    assert OTHER.chain not in harness.chains()
-    assert all(chain != OTHER.chain or name == "element stolen" for chain in harness.elements().values())
+    assert OTHER.chain not in lab.chains()
+    assert all(chain != OTHER.chain or name == "element stolen" for chain in lab.elements().values())
     host.add(OTHER, BOTH)
-    assert harness.state() == whole
+    assert lab.state() == whole
     for pod in BOTH, OTHER:
         assert not host.call("CHECK", pod).code
 
@@ -315,7 +271,7 @@ def test_delete_after_damage(host, name):
     host.add(OTHER, BOTH)
     DAMAGES[name][0]()
     host.delete(BOTH, BOTH)
-    assert BOTH.chain not in harness.chains() + [*harness.elements().values()]
+    assert BOTH.chain not in lab.chains() + [*lab.elements().values()]
 
 
 # What stands in the table before our first ADD; whether ADD can live with it, else what its error must name.
@@ -350,15 +306,15 @@ FOREIGN = {
 def test_foreign_table(host, name):
     """What others wrote into a table of our name stays as it is; where it is in the way, the error names it."""
     text, named = FOREIGN[name]
-    harness.nft(f"table {TABLE} {{", text, "}")
-    theirs = harness.state()
+    lab.nft_script(f"table {TABLE} {{", text, "}")
+    theirs = lab.state()
     pod = Pod("web", "8080:80", "8081:81")
     reply = host.call("ADD", pod)
     if named:
         assert reply.code in (100, 101, 103) and named in reply.msg + reply.details, reply
-        left = harness.state()
+        left = lab.state()
         assert left == theirs or name == "a full map" and {*theirs} < {*left} and pod.chain not in "\n".join(left)
-        status = host.call("STATUS", Collection("net"))
+        status = host.call("STATUS", GcCall("net"))
         assert status.code in (0, 50)
         assert host.call("CHECK", pod).code in (103, 104)
     else:
@@ -367,21 +323,21 @@ def test_foreign_table(host, name):
         host.add(pod)
         host.delete(pod)
     host.delete(pod)
-    assert not host.call("GC", Collection("net")).code
-    assert {*theirs} <= {*harness.state()}
+    assert not host.call("GC", GcCall("net")).code
+    assert {*theirs} <= {*lab.state()}
 
 
-@pytest.mark.parametrize("chain", [*_BASE, WEB.chain])
+@pytest.mark.parametrize("chain", [*BASE, WEB.chain])
 def test_foreign_rules_stay(host, chain):
     """Somebody's own rules in our chains, before and after ours, disturb nobody and are not touched."""
     host.add(WEB)
-    harness.nft(f'insert rule {TABLE} {chain} tcp dport 1 counter comment "first"',
+    lab.nft_script(f'insert rule {TABLE} {chain} tcp dport 1 counter comment "first"',
                 f'add rule {TABLE} {chain} tcp dport 1 counter comment "last"')
     host.add(OTHER)
     for pod in WEB, OTHER:
         assert not host.call("CHECK", pod).code
     host.delete(OTHER)
-    rules = [line for line in harness.state() if '"first"' in line or '"last"' in line]
+    rules = [line for line in lab.state() if '"first"' in line or '"last"' in line]
     assert len(rules) == 2 and all(chain in rule for rule in rules)
     host.delete(WEB)
 
@@ -390,14 +346,14 @@ def test_foreign_rules_stay(host, chain):
 def test_foreign_rule_leads_to_a_container(host, verb):
     """Where somebody's own rule leads to a container's chain, the error names the chain; nothing is half-done."""
     host.add(WEB)
-    harness.nft(f"add chain {TABLE} mine", f"add rule {TABLE} mine jump {WEB.chain}")
-    before = harness.state()
-    reply = host.call(verb, Collection("net") if verb == "GC" else WEB)
+    lab.nft_script(f"add chain {TABLE} mine", f"add rule {TABLE} mine jump {WEB.chain}")
+    before = lab.state()
+    reply = host.call(verb, GcCall("net") if verb == "GC" else WEB)
     assert reply.code == 100 and WEB.chain in reply.msg + reply.details, reply
-    assert harness.state() == before
-    harness.nft(f"flush chain {TABLE} mine")
+    assert lab.state() == before
+    lab.nft_script(f"flush chain {TABLE} mine")
     host.delete(WEB)
-    assert not harness.chains()
+    assert not lab.chains()
 
 
 def test_table_owned_by_a_process(host):
@@ -420,19 +376,14 @@ def test_table_owned_by_a_process(host):
 @pytest.mark.parametrize("family", ["ip", "ip6", "netdev"])
 def test_same_name_in_another_family(host, family):
     """A table of our name in another family is none of our business."""
-    harness.nft(f"add table {family} cni_portmap", f"add chain {family} cni_portmap prerouting")
-    before = harness.listing(f"table {family} cni_portmap")
+    lab.nft_script(f"add table {family} cni_portmap", f"add chain {family} cni_portmap prerouting")
+    before = lab.listing(f"table {family} cni_portmap")
     host.add(WEB)
     host.delete(WEB)
-    assert harness.listing(f"table {family} cni_portmap") == before
+    assert lab.listing(f"table {family} cni_portmap") == before
 
 
 # --- a poor environment ---------------------------------------------------------------------------------------
-
-def _mounted(script: str) -> tuple[object, ...]:
-    """A command that runs another after `script`, in a mount namespace of its own."""
-    return "unshare", "-m", "--propagation", "private", "sh", "-ec", f'{script}\nexec "$@"', "sh"
-
 
 _PACKAGES = "/usr/lib/python3/dist-packages"
 _LIBRARY = "/usr/lib/*/libnftables.so.1.*"  # the file itself, not a link to it
@@ -441,13 +392,13 @@ _DROP = "-net_admin"
 
 # how it is run: the code, and what the error must say; "" where the verb succeeds because it needs nothing of it
 POOR: dict[str, tuple[tuple[object, ...], dict[str, tuple[int, str]]]] = {
-    "no binding": (_mounted(f"mount -t tmpfs none {_PACKAGES}"),
+    "no binding": (lab.in_own_mounts(f"mount -t tmpfs none {_PACKAGES}"),
                    {verb: (code, "python3-nftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
-    "binding of another library": (_mounted(f"mount -t tmpfs none {_PACKAGES}; touch {_PACKAGES}/nftables.py"),
+    "binding of another library": (lab.in_own_mounts(f"mount -t tmpfs none {_PACKAGES}; touch {_PACKAGES}/nftables.py"),
                                    {verb: (code, "libnftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
-    "no library": (_mounted(f"for f in {_LIBRARY}; do mount --bind /dev/null $f; done"),
+    "no library": (lab.in_own_mounts(f"for f in {_LIBRARY}; do mount --bind /dev/null $f; done"),
                    {verb: (code, "libnftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
-    "library too old": (_mounted(f"for f in {_LIBRARY}; do mount --bind /usr/lib/*/libm.so.6 $f; done"),
+    "library too old": (lab.in_own_mounts(f"for f in {_LIBRARY}; do mount --bind /usr/lib/*/libm.so.6 $f; done"),
                         {verb: (code, "libnftables") for verb, code in _NEEDS_LIBNFTABLES.items()}),
     "no CAP_NET_ADMIN": (("setpriv", "--bounding-set", _DROP, "--inh-caps", _DROP),
                          {"ADD": (0, "CAP_NET_ADMIN"), "DEL": (0, "CAP_NET_ADMIN"), "CHECK": (0, "CAP_NET_ADMIN"),
@@ -455,12 +406,12 @@ POOR: dict[str, tuple[tuple[object, ...], dict[str, tuple[int, str]]]] = {
     "not root": (("setpriv", "--reuid", 65534, "--regid", 65534, "--clear-groups"),
                  {"ADD": (0, "root"), "DEL": (0, "root"), "CHECK": (0, "root"), "GC": (0, "root"),
                   "STATUS": (50, "root")}),
-    "sysctls are read-only": (_mounted("mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys"),
+    "sysctls are read-only": (lab.in_own_mounts("mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys"),
                               {"ADD": (5, "route_localnet")}),
-    "/run is read-only": (_mounted("mount --bind /run /run; mount -o remount,bind,ro /run"),
+    "/run is read-only": (lab.in_own_mounts("mount --bind /run /run; mount -o remount,bind,ro /run"),
                           {"ADD": (5, "/run/cni-portmap.lock"), "DEL": (5, "/run/cni-portmap.lock"),
                            "CHECK": (5, "/run/cni-portmap.lock")}),
-    "/run is full": (_mounted("mount -t tmpfs -o nr_inodes=1 none /run"),
+    "/run is full": (lab.in_own_mounts("mount -t tmpfs -o nr_inodes=1 none /run"),
                      {"ADD": (5, "/run/cni-portmap.lock"), "DEL": (5, "/run/cni-portmap.lock"),
                       "CHECK": (5, "/run/cni-portmap.lock")}),
     "no file descriptors": (("prlimit", "--nofile=5"), {"ADD": (5, ""), "DEL": (5, ""), "CHECK": (5, "")}),
@@ -480,15 +431,15 @@ def test_poor_environment(host, name, verb, tmp_path_factory):
         if verb != "ADD":
             host.add(WEB)
         lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
-        before = harness.state()
-        what = Collection("net") if verb in ("GC", "STATUS") else WEB
+        before = lab.state()
+        what = GcCall("net") if verb in ("GC", "STATUS") else WEB
         if verb == "ADD":
             what = Pod("web", "8080:80", "127.0.0.1:7070:70/udp", netns="/proc/self/ns/net")  # not in /run
         reply = Call(executable, verb, what, wrapped).answer()
         assert reply.code == code or not code and reply.code in (5, 100), reply
         assert named in reply.msg + reply.details, reply
         assert reply.details, "what to do?"
-        left = harness.state()
+        left = lab.state()
         assert left == before or name == "sysctls are read-only" and WEB.chain not in "\n".join(left)
     finally:
         lab.run("umount", anybody)
@@ -506,8 +457,6 @@ def test_poor_environment_without_ports(host, name, verb):
 
 # --- what a call leaves behind --------------------------------------------------------------------------------
 
-PR_SET_CHILD_SUBREAPER = 36
-
 
 def _netfilter_sockets() -> int:
     lines = pathlib.Path("/proc/net/netlink").read_text().splitlines()[1:]
@@ -521,19 +470,16 @@ def test_nothing_is_left_of_a_call(host, verb):
         host.add(WEB)
     pipes = [os.pipe() for _ in range(4)]
     lent = [write for _, write in pipes]
-    call = Call(host.executable, verb, Collection("net") if verb == "GC" else WEB, pass_fds=lent)
+    call = Call(host.executable, verb, GcCall("net") if verb == "GC" else WEB, pass_fds=lent)
     for write in lent:
         os.close(write)
     assert call.process.stdout and call.process.stderr
     ends = [read for read, _ in pipes] + [call.process.stdout.fileno(), call.process.stderr.fileno()]
-    harness._libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
+    with lab.adopted_orphans():
         assert call.process.wait(timeout=60) == 0
-        assert bool(harness.chains()) == (verb in ("ADD", "CHECK"))
+        assert bool(lab.chains()) == (verb in ("ADD", "CHECK"))
         with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)  # orphans would be ours now
-    finally:
-        harness._libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+            os.waitpid(-1, os.WNOHANG)
     for end in ends:
         os.set_blocking(end, False)
         while os.read(end, 1 << 16):  # to its end; a writer that lives on would raise BlockingIOError
@@ -555,10 +501,10 @@ def test_nothing_is_kept_on_disk(host, tmp_path):
         calls = trace.read_text()
         written |= {*re.findall(r' (?:open\w*|creat)\([^"]*"([^"]*)", [^)]*O_(?:WRONLY|RDWR|CREAT)', calls)}
         assert not re.search(r" (mk|link|symlink|rename|unlink|rmdir|truncate)\w*\(", calls)
-    assert written == {str(harness.LOCK), "/proc/sys/net/ipv4/conf/to-web/route_localnet"}
-    assert not harness.LOCK.read_bytes()
+    assert written == {str(lab.LOCK), "/proc/sys/net/ipv4/conf/to-web/route_localnet"}
+    assert not lab.LOCK.read_bytes()
 
 
-def test_soak(host):
-    """After 200 containers have come and gone, nothing has grown. (soak.py is the long one.)"""
-    assert not soak.soak(host.executable, 200)
+def test_nothing_grows_in_200_lives(host):
+    """After 200 containers have come and gone, nothing has grown. (measure/soak.py has thousands.)"""
+    assert not soak(host.executable, 200)

@@ -1,16 +1,15 @@
 """Connections that outlive what they led to: after ADD and DEL conntrack forgets those, and no others."""
 import contextlib
 import re
-import sys
 
 import lab
-import paths
+from lab import paths
+from lab.site import Site
 import pytest
-from paths import WEB
+from lab.paths import WEB
 
-sys.path[:0] = [str(lab.ROOT)]
-from cni_portmap.linux import conntrack, kernel  # noqa: E402  # as other kernels would have it, see test_older_kernels
-from cni_portmap.verbs.delete import delete  # noqa: E402
+from cni_portmap.linux import conntrack, kernel  # as other kernels would have it, see test_older_kernels
+from cni_portmap.verbs.delete import delete
 
 PORT = 7500
 UDP = [{"hostPort": PORT, "containerPort": WEB, "protocol": "udp"}]
@@ -19,7 +18,7 @@ TCP = [{"hostPort": PORT, "containerPort": WEB}]
 
 @pytest.fixture(scope="module")
 def site(bin_dir):
-    with paths.Site(paths.SETTINGS[0], bin_dir) as built:
+    with Site(paths.SETTINGS[0], bin_dir) as built:
         yield built
 
 
@@ -152,7 +151,7 @@ def test_flows_around_the_port_live_on(site, family):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_udp_range(site, family):
+def test_udp_flows_of_a_range_change_over(site, family):
     """Of 1,000 ports, the flows to the first and the last change over, too."""
     ports = [{"hostPort": 20000 + i, "containerPort": 30000 + i, "protocol": "udp"} for i in range(1000)]
     with contextlib.ExitStack() as stack:
@@ -168,7 +167,7 @@ def test_udp_range(site, family):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_sctp(site, family):
+def test_sctp_flows_are_forgotten(site, family):
     """The flows of a published SCTP port are forgotten, too, and those of another are not."""
     client, node = site.ip("client", family), site.ip("LAN address", family)
     for port in PORT, PORT + 1:

@@ -23,7 +23,7 @@ def rules(script):
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_golden(name):
+def test_a_golden_loads_and_lists_the_same(each_bin_dir, name):
     """The golden loads as one transaction, after those that it builds on; its listing loads and lists the same."""
     with lab.fresh_host():
         lab.nft("flush", "ruleset")

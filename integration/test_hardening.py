@@ -4,9 +4,10 @@ import pathlib
 import socket
 
 import lab
-import paths
+from lab import paths
+from lab.site import Site
 import pytest
-from paths import EVERY, LOCAL, OWN, WEB
+from lab.paths import EVERY, LOCAL, OWN, WEB
 
 NEIGHBOUR, MACHINE = "hostile neighbour", "client"
 DEVICES = {NEIGHBOUR: "cni0", MACHINE: "to-lan-client"}  # the host's end of their wires
@@ -43,10 +44,10 @@ FORGED = [
 
 
 @pytest.fixture(scope="module", params=paths.SETTINGS[:2], ids=lambda setting: setting.name)
-def site(bin_dir, request):
+def site(each_bin_dir, request):
     if not lab.br_netfilter(request.param.br_netfilter):
         pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
-    with paths.Site(request.param, bin_dir) as built:
+    with Site(request.param, each_bin_dir) as built:
         yield built
 
 
@@ -68,7 +69,7 @@ def arrives(site, who, source, destination, port):
 
 
 @pytest.mark.parametrize("forged", FORGED, ids=lambda forged: f"{forged[0]} {forged[1]} to {forged[2]} {forged[3]}")
-def test_forged(site, forged):
+def test_forged_packets_do_not_pass(site, forged):
     """No wire leads to the host's localhost, or from it, whoever sends what; the guard counts what it drops."""
     *datagram, when = forged
     before = guard_drops()
@@ -110,27 +111,21 @@ def test_localhost_is_opened_on_one_interface_and_where_needed(site, config, hos
     """route_localnet and the route for ::1 are on the container's bridge alone, and where localhost is published."""
     ipv6 = ipv6 and not site.setting.br_netfilter
     before = {path: path.read_text() for path in pathlib.Path("/proc/sys/net/ipv4/conf").glob("*/route_localnet")}
-    routes = local_routes()
+    routes = lab.localhost_routes()
     network = lab.Network(lab.bridge_conflist("fresh", "cni9", ("10.99.0.0/16", "fd99::/64"), **config), site.bin_dir)
     container = lab.Container(network, "fresh", [{"hostPort": 7100, "containerPort": WEB, "hostIP": host_ip}])
     try:
         own = pathlib.Path("/proc/sys/net/ipv4/conf/cni9/route_localnet")
         assert own.read_text().strip() == str(int(ipv4))
         assert {path: path.read_text() for path in before} == before
-        assert local_routes() == routes + ([("cni9", 4096)] if ipv6 else [])
+        assert lab.localhost_routes() == routes + ([("cni9", 4096)] if ipv6 else [])
         lab.call_plugin(site.bin_dir / "portmap", "ADD", network.config(container.ports, container.result),
                         container.id, container.namespace.path)
-        assert len(local_routes()) == len(routes) + ipv6
+        assert len(lab.localhost_routes()) == len(routes) + ipv6
     finally:
         container.remove()
-        lab.run("ip", "link", "del", "cni9")
-    assert local_routes() == routes
-
-
-def local_routes():
-    """Device and metric of each route for ::1."""
-    found = json.loads(lab.run("ip", "-6", "-j", "route", "show", "table", "local", "::1"))
-    return [(route["dev"], route["metric"]) for route in found]
+        lab.delete_link("cni9")
+    assert lab.localhost_routes() == routes
 
 
 def test_ipv6_localhost_that_cannot_work_is_said(site):
@@ -140,16 +135,16 @@ def test_ipv6_localhost_that_cannot_work_is_said(site):
     network = lab.Network(lab.bridge_conflist("fresh", "cni9", ("fd99::/64",)), site.bin_dir)
     container = lab.Container(network, "fresh")
     try:
-        before = local_routes()
+        before = lab.localhost_routes()
         config = network.config([{"hostPort": 7100, "containerPort": WEB}], container.result)
         done = lab.call_process(site.bin_dir / "portmap", "ADD", config, container.id, container.namespace.path)
         assert done.returncode == 0 and json.loads(done.stdout)["ips"]
         assert done.stderr.count("\n") == 1 and "bridge-nf-call-ip6tables" in done.stderr
-        assert local_routes() == before
+        assert lab.localhost_routes() == before
     finally:
         lab.br_netfilter(site.setting.br_netfilter)
         container.remove()
-        lab.run("ip", "link", "del", "cni9")
+        lab.delete_link("cni9")
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -330,7 +330,7 @@ def test_uninstall_0_1_0(site):
 # --- what goes wrong ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mask", [0, 0o002, 0o077])
-def test_umask(site, mask):
+def test_any_umask_leaves_it_readable_and_safe(site, mask):
     """Whatever the umask: all may read and run it, and none but root may write it."""
     site.install(umask=mask)
     site.install(umask=mask)
@@ -339,14 +339,14 @@ def test_umask(site, mask):
     assert not {path: oct(mode) for path, mode in modes.items() if mode & 0o022 or mode & 0o444 != 0o444}
 
 
-def test_cdpath(site, tmp_path):
+def test_cdpath_does_not_choose_what_is_installed(site, tmp_path):
     """CDPATH does not choose what is installed."""
     (tmp_path / "evil/scripts").mkdir(parents=True)
     site.install(cwd=lab.ROOT, env={**os.environ, "CDPATH": str(tmp_path / "evil")})
     assert works(site.bin / "portmap")
 
 
-def test_killed(site):
+def test_killed_at_any_moment_leaves_a_plugin(site):
     """Killed at any moment, an installation leaves the old plugin or the new one; the next leaves nothing else."""
     site.bin.mkdir()
     (site.bin / "portmap").write_text("#!/bin/sh\necho theirs\n")
@@ -457,18 +457,19 @@ PORTS = [{"hostPort": 8080, "containerPort": 80}, {"hostPort": 5353, "containerP
 def network(bin_dir):
     """A network of the session's plugin, which is installed elsewhere; all share the one table."""
     yield lab.Network(lab.bridge_conflist("installed", "ins0"), bin_dir)
-    lab.run("ip", "link", "del", "ins0", check=False)
+    lab.delete_link("ins0", missing_ok=True)
     lab.run("rm", "-rf", "/run/lab-ipam/installed")
     for name in CONTAINERS:
-        lab.run("ip", "netns", "del", name, check=False)
+        lab.delete_namespace(name, missing_ok=True)
 
 
 def localnet(device: str = "ins0") -> str:
     return pathlib.Path(f"/proc/sys/net/ipv4/conf/{device}/route_localnet").read_text().strip()
 
 
-def ipv6_routes() -> str:
-    return lab.run("ip", "-6", "route", "show", "table", "local", "metric", "4096")
+def ipv6_routes() -> list[str]:
+    """The interfaces for which this plugin has opened ::1."""
+    return [device for device, metric in lab.localhost_routes() if metric == 4096]
 
 
 def test_uninstall_refuses_while_containers_are_published(site, network):
@@ -480,7 +481,7 @@ def test_uninstall_refuses_while_containers_are_published(site, network):
     assert web.id in error and "--force" in error
     assert (lab.table(), site.files(), localnet(), bool(ipv6_routes())) == (before, files, "1", True)
     site.install("--uninstall", "--force")
-    assert (lab.table(), site.files(), localnet(), ipv6_routes()) == ("", {}, "0", "")
+    assert (lab.table(), site.files(), localnet(), ipv6_routes()) == ("", {}, "0", [])
     assert not [flow for flow in lab.flows("udp", 5353) if flow.target == web.ipv4]
     web.remove()
 
@@ -493,7 +494,7 @@ def test_uninstall_closes_what_was_opened(site, network):
     assert (localnet(), bool(ipv6_routes()), "127.0.0.0/8" in lab.table()) == ("1", True, True)
     output = site.install("--uninstall")
     assert "127.0.0.0/8 on ins0" in output and "::1 on ins0" in output
-    assert (lab.table(), localnet(), ipv6_routes()) == ("", "0", "")
+    assert (lab.table(), localnet(), ipv6_routes()) == ("", "0", [])
 
 
 def test_uninstall_leaves_open_what_was_open(site, network):
@@ -503,7 +504,7 @@ def test_uninstall_leaves_open_what_was_open(site, network):
     lab.sysctl("net.ipv4.conf.ins0.route_localnet", 1)
     lab.Container(network, "web", PORTS).remove()
     assert "sysctl -w net.ipv4.conf.ins0.route_localnet=0" in site.install("--uninstall")
-    assert (lab.table(), localnet(), ipv6_routes()) == ("", "1", "")
+    assert (lab.table(), localnet(), ipv6_routes()) == ("", "1", [])
 
 
 @pytest.mark.parametrize("backend", ["iptables", "nftables"])
@@ -518,7 +519,7 @@ def test_uninstall_leaves_open_what_the_reference_plugin_needs(site, network, ba
         output = site.install("--uninstall")
         assert "stays open on ins0" in output and "reference" in output
         assert lab.exchange(lab.HOST, "127.0.0.1", 8090).server == "theirs"
-    assert (lab.table(), localnet(), ipv6_routes()) == ("", "1", "")
+    assert (lab.table(), localnet(), ipv6_routes()) == ("", "1", [])
     other.remove()
 
 
@@ -547,7 +548,7 @@ def test_upgrade_of_a_table_of_0_1_0(site, network):
     web.check()
     web.remove()
     site.install("--uninstall")
-    assert (lab.table(), localnet(), ipv6_routes()) == ("", "0", "")
+    assert (lab.table(), localnet(), ipv6_routes()) == ("", "0", [])
 
 
 def test_uninstall_of_a_table_of_0_1_0(site, network):
@@ -557,14 +558,14 @@ def test_uninstall_of_a_table_of_0_1_0(site, network):
     site.install()  # its --base-only has no say here: the table is made old again
     as_of_0_1_0()
     site.install("--uninstall", "--force")
-    assert (lab.table(), localnet(), ipv6_routes()) == ("", "0", "")
+    assert (lab.table(), localnet(), ipv6_routes()) == ("", "0", [])
     web.remove()
 
 
 def as_of_0_1_0() -> None:
     """Make the table what 0.1.0 has left: another guard, and no set."""
     table = "inet cni_portmap"
-    lab.run("nft", "-f", "-", input=f"""
+    lab.nft_script(f"""
         delete set {table} localhost_interfaces
         delete chain {table} guard
         add chain {table} guard {{ type filter hook prerouting priority raw; policy accept;

@@ -2,7 +2,7 @@
 import lab
 
 
-def test_life(bin_dir):
+def test_an_attachment_comes_and_goes(bin_dir):
     """ADD answers, ADD again changes nothing, CHECK agrees, DEL leaves nothing, DEL again succeeds."""
     network = lab.Network(lab.bridge_conflist(), bin_dir)
     client = lab.wire("client", ("192.0.2.1/24",), ("192.0.2.2/24",))

@@ -1,6 +1,6 @@
 """A random walk: calls, deaths, damage, races, and after every step the kernel holds what a simple model says.
 
-TRUST_STEPS steps (2,000) of the walk TRUST_SEED (another one each time; it is printed). The model knows who owns
+WALK_STEPS steps (2,000) of the walk WALK_SEED (another one each time; it is printed). The model knows who owns
 what, and nothing of nftables; `observed` reads the kernel with nft. Most calls run in a fork of this process, some
 through the executable. In the end real clients connect to everything that may be published.
 """
@@ -13,12 +13,11 @@ import re
 import socket
 from typing import Any, NamedTuple
 
-import harness
 import lab
-from harness import TABLE, Answer, Call, Collection, Host, Pod, fork, host_fixture  # noqa: F401  # fixtures by name
+from lab import TABLE, GcCall, Host, Pod, fork
 
-STEPS = int(os.environ.get("TRUST_STEPS", "2000"))
-SEED = int(os.environ.get("TRUST_SEED", random.randrange(1 << 32)))
+STEPS = int(os.environ.get("WALK_STEPS", "2000"))
+SEED = int(os.environ.get("WALK_SEED", random.randrange(1 << 32)))
 
 CONTAINERS, SLOTS = 6, 8  # slot: an address; the next container gets a free one, so addresses come again
 INTERFACES = {"eth0": "lan", "net1": "wan"}  # interface: its network
@@ -155,8 +154,8 @@ def is_dead(owned: Owned) -> bool:
 def observed() -> Model:
     """What the kernel holds, as nft tells it. A piece of the base is whole if it is as in the beginning."""
     claims: dict[str, set[Claim]] = {}
-    entries = harness.listing()
-    for claim, chain in harness.elements(entries).items():
+    entries = lab.listing()
+    for claim, chain in lab.elements(entries).items():
         claims.setdefault(chain, set()).add(claim)
     rules: dict[str, list[dict[str, Any]]] = {}
     hooks = {}
@@ -226,18 +225,12 @@ class World:
         self.slots[container] = slot
         self.born += 1
         device = self.devices[container] = f"w{container}.{self.born}"
-        lab.run("ip", "-batch", "-", input="\n".join((
-            f"netns add c{container}", f"link add {device} type veth peer name eth0 netns c{container}",
-            f"address add 10.20.{slot}.1/24 dev {device}", f"address add fd20:{slot}::1/64 dev {device} nodad",
-            f"link set {device} up")))
-        lab.run("ip", "-n", f"c{container}", "-batch", "-", input="\n".join((
-            f"address add 10.20.{slot}.2/24 dev eth0", f"address add fd20:{slot}::2/64 dev eth0 nodad",
-            "link set lo up", "link set eth0 up", f"route add default via 10.20.{slot}.1",
-            f"route add default via fd20:{slot}::1")))
+        lab.wire(f"c{container}", (f"10.20.{slot}.1/24", f"fd20:{slot}::1/64"),
+                 (f"10.20.{slot}.2/24", f"fd20:{slot}::2/64"), device)
 
     def death(self, container: int) -> None:
-        lab.run("ip", "link", "del", self.devices[container])
-        lab.run("ip", "netns", "del", f"c{container}")
+        lab.delete_link(self.devices[container])
+        lab.delete_namespace(f"c{container}")
         del self.slots[container]
 
     def pod(self, container: int, ifname: str) -> Pod:
@@ -249,7 +242,7 @@ class World:
         for _ in range(self.random.choice((1, 1, 2, 3))):
             ip, port = self.random.choice(PUBLISHED), self.random.choice(HOST_PORTS)
             protocol, to = self.random.choice(PROTOCOLS), self.random.choice(CONTAINER_PORTS)
-            asked = harness.mapping(f"{f'[{ip}]' if ':' in ip else ip}:{port}:{to}/{protocol}")
+            asked = lab.mapping(f"{f'[{ip}]' if ':' in ip else ip}:{port}:{to}/{protocol}")
             new = {*targets_of(_with(pod, asked))}
             if not any(overlap(claim, old) for claim in new for old in claims):
                 claims |= new
@@ -258,9 +251,9 @@ class World:
 
     # --- calls ---
 
-    def outcome(self, verb: str, what: "Pod | Collection", model: Model, number_is_used: bool) -> tuple[int, Model]:
+    def outcome(self, verb: str, what: "Pod | GcCall", model: Model, number_is_used: bool) -> tuple[int, Model]:
         """What the model expects of a call: its code, and what it leads to."""
-        if isinstance(what, Collection):
+        if isinstance(what, GcCall):
             return 0, model.without({chain for chain, owned in model.owned.items()
                                     if owned.network == what.network and chain not in what.chains})
         if verb == "ADD":
@@ -269,13 +262,13 @@ class World:
             return 0, model.without({what.chain})
         return model.check(what), model
 
-    def draw(self, only: str = "") -> "tuple[str, Pod | Collection]":
+    def draw(self, only: str = "") -> "tuple[str, Pod | GcCall]":
         """A call that a runtime may make."""
         verb = only or self.random.choices(("ADD", "DEL", "CHECK", "GC"), (10, 6, 3, 1))[0]
         if verb == "GC":
             network = self.random.choice((*INTERFACES.values(), "unknown"))
             alive = [pod for pod in self.pods.values() if self.random.random() < 0.8]
-            return verb, Collection(network, *alive)
+            return verb, GcCall(network, *alive)
         known = [chain for chain in self.model.owned if chain in self.pods]
         if verb != "ADD" and known and self.random.random() < 0.8:
             return verb, self.pods[self.random.choice(known)]
@@ -301,7 +294,7 @@ class World:
         instant = self.random.randrange(140)
         self.log[-1] += f": {verb} {describe(what)} at {instant}"
         expected = [self.outcome(verb, what, self.model, number_is_used)[1] for number_is_used in (False, True)]
-        harness.call(verb, what, stop_at=instant).answer()
+        lab.start_fork(verb, what, stop_at=instant).answer()
         bases = [Model(self.model.owned, model.base) for model in expected]  # ADD repairs the base first
         self.settle([self.model, *expected, *bases])
 
@@ -309,7 +302,7 @@ class World:
         """Calls at the same time: answers and outcome are those of one order or another."""
         calls = [self.draw() for _ in range(self.random.choice((2, 2, 3, 4)))]
         self.log[-1] += ": " + ", ".join(f"{verb} {describe(what)}" for verb, what in calls)
-        under_way = [harness.call(verb, what) for verb, what in calls]
+        under_way = [lab.start_fork(verb, what) for verb, what in calls]
         codes = [each.answer().code for each in under_way]
         found, orders = observed(), []
         for order, number_is_used in itertools.product(itertools.permutations(range(len(calls))), (False, True)):
@@ -334,8 +327,8 @@ class World:
             self.birth(container)
 
     def flush(self) -> None:
-        harness.nft("flush ruleset")
-        harness.conntrack_on()
+        lab.nft_script("flush ruleset")
+        lab.keep_conntrack()
         self.settle([Model()])
 
     def damage(self) -> None:
@@ -358,7 +351,7 @@ class World:
             command = f"flush chain {TABLE} {chain}"
             owned[chain] = owned[chain]._replace(network="", netns="", link="", targets=(), standby=frozenset())
         self.log[-1] += f": {command}"
-        harness.nft(command)
+        lab.nft_script(command)
         self.settle([Model(owned, base)])
 
     # --- the walk ---
@@ -382,7 +375,7 @@ class World:
         """Real clients connect to whatever may be published: they reach whom the model says. How many did."""
         names = {f"10.20.{slot}.2": container for container, slot in self.slots.items()}
         names |= {f"fd20:{slot}::2": container for container, slot in self.slots.items()}
-        servers = [lab.Server(f"c{container}:{port}", _Inside(container), port, protocol)
+        servers = [lab.Server(f"c{container}:{port}", lab.Netns(f"/run/netns/c{container}"), port, protocol)
                    for container in self.slots for port in CONTAINER_PORTS for protocol in PROTOCOLS]
         led = {claim: dict(owned.targets).get(claim, "") for owned in self.model.owned.values()
                for claim in owned.claims}
@@ -400,40 +393,24 @@ class World:
         return answered
 
 
-class _Inside:
-    """The namespace of a container, for this thread."""
-
-    def __init__(self, container: int) -> None:
-        self._path = f"/run/netns/c{container}"
-
-    def __enter__(self) -> None:
-        self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        with open(self._path) as inside:
-            lab._call(lab._libc.setns(inside.fileno(), lab.CLONE_NEWNET))
-
-    def __exit__(self, *_: object) -> None:
-        lab._call(lab._libc.setns(self._outside, lab.CLONE_NEWNET))
-        os.close(self._outside)
-
-
 def _with(pod: Pod, port: dict[str, object]) -> Pod:
     other = pod.but()
     other.ports = [port]
     return other
 
 
-def describe(what: "Pod | Collection") -> str:
-    if isinstance(what, Collection):
+def describe(what: "Pod | GcCall") -> str:
+    if isinstance(what, GcCall):
         return f"{what.network} but {sorted(what.chains)}"
     return " ".join((what.chain, *(f"{port['hostIP']}:{port['hostPort']}:{port['containerPort']}/{port['protocol']}"
                                    for port in what.ports)))
 
 
-def test_walk(host):
+def test_after_each_step_the_kernel_holds_what_the_model_says(host):
     """After every step of a random walk the kernel holds what a model says, and packets go where it says."""
-    print(f"TRUST_SEED={SEED} TRUST_STEPS={STEPS}")
+    print(f"WALK_SEED={SEED} WALK_STEPS={STEPS}")
     lan = lab.wire("client", ("192.0.2.1/24", "2001:db8::1/64"), ("192.0.2.2/24", "2001:db8::2/64"))
-    lab.run("ip", "address", "add", "192.0.2.9/24", "dev", lan.host_device)
+    lab.add_addresses(lan.host_device, "192.0.2.9/24")
     world = World(host, SEED)
     answered = 0
     try:

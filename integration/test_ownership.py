@@ -2,10 +2,9 @@
 import pathlib
 import socket
 
-import harness
 import lab
 import pytest
-from harness import Host, Pod, host_fixture  # noqa: F401  # pytest finds fixtures by name
+from lab import Pod
 
 BOTH = "10.20.0.2/24", "fd20::2/64"
 ONLY_V6 = ("fd20::2/64",)
@@ -30,11 +29,11 @@ def test_second_claim(host, first, second, who):
     """A port that overlaps with another container's is refused, by name, before anything is written."""
     owner = Pod("first", first, ips=BOTH, network="blue", ifname="net7")
     host.add(owner)
-    before, generation = harness.state(), harness.generation()
+    before, generation = lab.state(), lab.generation()
     reply = host.call("ADD", Pod("second", "7070:70", second, ips=BOTH, network="red"))
     assert reply.code == 101
     assert who in reply.msg and "container first, interface net7, network blue" in reply.msg
-    assert harness.state() == before and harness.generation() == generation
+    assert lab.state() == before and lab.generation() == generation
     assert not host.call("CHECK", owner).code
     host.delete(owner)
     host.add(Pod("second", "7070:70", second, ips=BOTH, network="red"))
@@ -56,13 +55,13 @@ def test_no_conflict(host, first, second):
     host.add(*pods)
     for pod in pods:
         assert not host.call("CHECK", pod).code
-    assert {*harness.elements().values()} == {pod.chain for pod in pods}
+    assert {*lab.elements().values()} == {pod.chain for pod in pods}
 
 
 def test_a_family_that_a_container_lacks_is_free(host):
     """A container publishes in its own families only, so one with IPv4 and one with IPv6 can share a port."""
     host.add(Pod("four", "8080:80"), Pod("six", "8080:80", ips=ONLY_V6))
-    assert harness.elements() == {("ipv4", "tcp", "8080"): "c/four/eth0", ("ipv6", "tcp", "8080"): "c/six/eth0"}
+    assert lab.elements() == {("ipv4", "tcp", "8080"): "c/four/eth0", ("ipv6", "tcp", "8080"): "c/six/eth0"}
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a.b-c_d", "7" * 64])
@@ -75,7 +74,7 @@ def test_names_that_nft_cannot_hold(host, name, ifname):
     assert reply.code == 101
     assert f"container {name}, interface {ifname}, network {'n' * 200}" in reply.msg
     host.delete(owner)
-    assert not harness.chains()
+    assert not lab.chains()
 
 
 # --- who is dead ----------------------------------------------------------------------------------------------
@@ -110,16 +109,16 @@ def test_dead_owner_gives_way(host, die, port):
     host.add(bystander)
     host.add_for_nobody(dead)
     die(namespace)
-    generation = harness.generation()
+    generation = lab.generation()
     heir = Pod("heir", port)
     host.add(heir)
-    assert harness.generation() == generation + 1
-    assert {*harness.elements().values()} == {heir.chain, bystander.chain}
-    assert harness.chains() == [bystander.chain, heir.chain]
-    after = harness.state()
+    assert lab.generation() == generation + 1
+    assert {*lab.elements().values()} == {heir.chain, bystander.chain}
+    assert lab.chains() == [bystander.chain, heir.chain]
+    after = lab.state()
     host.delete(dead)  # comes late
     host.delete(dead)
-    assert harness.state() == after
+    assert lab.state() == after
     for pod in heir, bystander:
         assert not host.call("CHECK", pod).code
 
@@ -131,10 +130,10 @@ def test_dead_owners_are_many(host):
     other = Pod("other", "7070:70", netns="/run/netns/dead")
     host.add_for_nobody(*dead, other)
     namespace.remove()
-    generation = harness.generation()
+    generation = lab.generation()
     host.add(Pod("heir", "8080:80"))
-    assert harness.generation() == generation + 1
-    assert harness.chains() == ["c/heir/eth0", "c/other/eth0"]
+    assert lab.generation() == generation + 1
+    assert lab.chains() == ["c/heir/eth0", "c/other/eth0"]
 
 
 def test_one_living_owner_protects_the_dead(host):
@@ -143,9 +142,9 @@ def test_one_living_owner_protects_the_dead(host):
     host.add_for_nobody(Pod("dead", "8080:80"))
     host.add(Pod("alive", "9090:90"))
     namespace.remove()
-    before = harness.state()
+    before = lab.state()
     assert host.call("ADD", Pod("heir", "8080:80", "9090:90")).code == 101
-    assert harness.state() == before
+    assert lab.state() == before
 
 
 def test_unknown_namespace_is_alive(host):
@@ -175,7 +174,7 @@ def test_owner_without_a_record_is_alive(host):
     """An owner whose record somebody removed is alive, is named as far as it is known, and can leave or come again."""
     first = Pod("first", "8080:80")
     host.add(first)
-    harness.nft(f"flush chain {harness.TABLE} {first.chain}")
+    lab.nft_script(f"flush chain {lab.TABLE} {first.chain}")
     reply = host.call("ADD", Pod("second", "8080:80"))
     assert reply.code == 101 and "container first, interface eth0, network unknown" in reply.msg
     host.add(first)
@@ -192,7 +191,7 @@ def test_dead_sibling_gives_way(host):
     lab.Namespace("new")
     reborn = Pod("web", "8080:80", ifname="net1", netns="/run/netns/new", ips=("10.20.0.3/24",))
     host.add(reborn)
-    assert harness.elements() == {("ipv4", "tcp", "8080"): reborn.chain}
+    assert lab.elements() == {("ipv4", "tcp", "8080"): reborn.chain}
 
 
 @pytest.mark.parametrize("order", [("eth0", "eth1"), ("eth1", "eth0")])
@@ -203,8 +202,8 @@ def test_dead_container_on_two_networks(host, order):
     namespace.remove()
     heir = Pod("heir", "192.0.2.1:8080:80")
     host.add(heir)
-    assert harness.elements() == {("192.0.2.1", "tcp", "8080"): heir.chain} | \
-        {element: chain for element, chain in harness.elements().items() if element[2] == "9090"}
+    assert lab.elements() == {("192.0.2.1", "tcp", "8080"): heir.chain} | \
+        {element: chain for element, chain in lab.elements().items() if element[2] == "9090"}
     assert not host.call("CHECK", heir).code
     host.add(Pod("second", "9090:80", "192.0.2.2:8080:80"))
 
@@ -223,18 +222,18 @@ def test_address_used_again(host, late, port):
     if late == "DEL":
         host.delete(old)
     else:
-        assert not host.call("GC", harness.Collection("net", new)).code
-    assert {*harness.elements().values()} == {new.chain} and harness.chains() == [new.chain]
+        assert not host.call("GC", lab.GcCall("net", new)).code
+    assert {*lab.elements().values()} == {new.chain} and lab.chains() == [new.chain]
     assert not host.call("CHECK", new).code
 
 
 def test_same_attachment_again(host):
     """ADD again with other ports replaces all of the old ones, in one transaction."""
     host.add(Pod("web", "8080:80", "9090:90/udp"))
-    generation = harness.generation()
+    generation = lab.generation()
     host.add(Pod("web", "8080:81", "127.0.0.1:7070:70"))
-    assert harness.generation() == generation + 1
-    assert {key[2] for key in harness.elements()} == {"8080", "7070"}
+    assert lab.generation() == generation + 1
+    assert {key[2] for key in lab.elements()} == {"8080", "7070"}
 
 
 def test_attachments_of_one_container(host):
@@ -245,10 +244,10 @@ def test_attachments_of_one_container(host):
                                                           ("8082", "net2", "storage", "10.22.0.2/24")))
     host.add(lan, backup, storage)
     host.delete(backup)
-    assert harness.chains() == [lan.chain, storage.chain]
+    assert lab.chains() == [lan.chain, storage.chain]
     host.delete(backup)
-    assert not host.call("GC", harness.Collection("lan")).code
-    assert harness.chains() == [storage.chain]
+    assert not host.call("GC", lab.GcCall("lan")).code
+    assert lab.chains() == [storage.chain]
     assert not host.call("CHECK", storage).code
 
 
@@ -262,10 +261,10 @@ def test_one_port_on_two_networks(host):
             assert not host.call("CHECK", pod).code
         assert host.call("ADD", Pod("other", "8080:80")).code == 101
         host.delete(early)
-        assert harness.elements() == {("ipv4", "tcp", "8080"): late.chain}
+        assert lab.elements() == {("ipv4", "tcp", "8080"): late.chain}
         assert not host.call("CHECK", late).code
         host.delete(late)
-        assert not harness.elements() and not harness.chains()
+        assert not lab.elements() and not lab.chains()
 
 
 def test_heir_of_another_address(host):
@@ -274,7 +273,7 @@ def test_heir_of_another_address(host):
     wan = Pod("web", "0.0.0.0:8080:80", ifname="eth1", network="wan", ips=("10.21.0.2/24",))
     host.add(wan, lan, lan.but("127.0.0.1:8080:80"))
     host.delete(wan)
-    assert harness.elements() == {("127.0.0.1", "tcp", "8080"): lan.chain}
+    assert lab.elements() == {("127.0.0.1", "tcp", "8080"): lan.chain}
     assert not host.call("CHECK", lan.but("127.0.0.1:8080:80")).code
 
 
@@ -296,16 +295,16 @@ def test_host_port_in_use(host, listener, port, refused):
     """With hostPortInUse: refuse, a port that a process of the host uses is refused with code 102; else it is not."""
     ip, protocol = listener
     careful = Pod("careful", port, ips=BOTH, hostPortInUse="refuse")
-    lab.run("ip", "address", "add", "192.0.2.1/32", "dev", "lo")
+    lab.add_addresses("lo", "192.0.2.1")
     with socket.socket(lab.family_of(ip), lab.KINDS[protocol]) as process:
         process.bind((ip, 8080))
         if protocol == "tcp":
             process.listen()
-        before = harness.state()
+        before = lab.state()
         reply = host.call("ADD", careful)
         if refused:
             assert reply.code == 102 and f"{protocol} port 8080 on " in reply.msg
-            assert harness.state() == before
+            assert lab.state() == before
             host.add(Pod("easy", port, ips=BOTH))  # the default
             host.delete(Pod("easy"))
         else:

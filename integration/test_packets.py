@@ -3,7 +3,8 @@ import contextlib
 import socket
 
 import lab
-import paths
+from lab import paths
+from lab.site import Site
 import pytest
 
 CASES = [(setting, path, family, protocol) for setting in paths.SETTINGS for path in paths.PATHS for family in (4, 6)
@@ -11,7 +12,7 @@ CASES = [(setting, path, family, protocol) for setting in paths.SETTINGS for pat
 
 
 @pytest.fixture(scope="module")
-def sites(bin_dir):
+def sites(each_bin_dir):
     """A function that makes the site of a setting, or gives the one that is there."""
     with contextlib.ExitStack() as stack:
         there = {}
@@ -22,14 +23,14 @@ def sites(bin_dir):
                 there.clear()
                 if not lab.br_netfilter(setting.br_netfilter):
                     pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
-                there[setting] = stack.enter_context(paths.Site(setting, bin_dir))
+                there[setting] = stack.enter_context(Site(setting, each_bin_dir))
             return there[setting]
         yield site_of
 
 
 @pytest.mark.parametrize("setting, path, family, protocol", CASES,
                          ids=[f"{case[0].name}-{case[1]}-ipv{case[2]}-{case[3]}" for case in CASES])
-def test_path(sites, setting, path, family, protocol):
+def test_path_leads_where_it_should(sites, setting, path, family, protocol):
     """The path leads to the container, or to nobody, and the container sees whom it should."""
     sees = paths.expected(path, setting, family)
     assert sites(setting).try_path(path, family, protocol, 2.5 if sees else 0.2) == sees
@@ -47,7 +48,7 @@ MANY = 1000
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 @pytest.mark.parametrize("first, target", [(20000, 20000), (20000, 30000)], ids=["same", "shifted"])
-def test_range(site, first, target, protocol, family):
+def test_each_port_of_a_range_leads_to_its_own(site, first, target, protocol, family):
     """Of a range of 1,000 ports, each leads to its own port of the container, and the next after it to nobody."""
     ports = [{"hostPort": first + i, "containerPort": target + i, "protocol": protocol} for i in range(MANY)]
     with site.publish("ranged", ports) as container:
@@ -85,7 +86,7 @@ def test_localhost_leads_to_each_of_several_interfaces(sites, setting, family):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_sctp(site, family):
+def test_sctp_reaches_the_container(site, family):
     """An SCTP INIT reaches the container, its source and checksum right; this needs no SCTP in the kernel."""
     source, node = site.ip("client", family), site.ip("LAN address", family)
     with site.container:
@@ -130,7 +131,7 @@ CONFIGURED = [
 
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("config, who, source, sees", CONFIGURED)
-def test_configured(site, config, who, source, sees, family):
+def test_configuration_decides_whom_the_container_sees(site, config, who, source, sees, family):
     """What the configuration says of sources holds for this container, and for no other."""
     source = site.ip(source, family) if source else ""
     with site.publish("configured", [{"hostPort": 7001, "containerPort": paths.WEB}], **config):

@@ -1,14 +1,12 @@
 """What the README and docs/ show is what happens."""
 import json
 import re
-import sys
 import textwrap
 
-import compare_trust
 import lab
-import paths
+from lab import paths
+from measure import promises
 
-sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import ruleset
 from cni_portmap.attachment import Address, Attachment, Port
 
@@ -26,16 +24,16 @@ def example() -> Attachment:
                       ports=tuple(ports), pod="shop/web-7d9f", link="veth5c1e09d2#12")
 
 
-def test_ruleset():
+def test_the_ruleset_shown_is_the_one_that_add_writes():
     """The ruleset in docs/ruleset.md is the one that ADD writes."""
     listings = []
     shared = ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED})
     written = shared + ruleset.attach(example()) + ruleset.note_opened(["cni0"])
     for index, script in enumerate((SHOWN, written)):
         with lab.Namespace(f"readme{index}"):
-            lab.run("nft", "-f", "-", input=script)
+            lab.nft_script(script)
             listings.append(lab.table())
-        lab.run("ip", "netns", "del", f"readme{index}")
+        lab.delete_namespace(f"readme{index}")
     assert listings[0] == listings[1]
 
 
@@ -45,9 +43,9 @@ def test_list(bin_dir):
     assert count == 1
     with lab.Namespace("readme-list"):
         lab.run("ip", "link", "add", "veth5c1e09d2", "index", "12", "type", "veth")
-        lab.run("nft", "-f", "-", input=script)
+        lab.nft_script(script)
         listed = lab.run(bin_dir.parent / "sbin/cni-portmap", "list", "--port", "8080")
-    lab.run("ip", "netns", "del", "readme-list")
+    lab.delete_namespace("readme-list")
     shown = textwrap.indent(f"# cni-portmap list --port 8080\n{listed}", "    ")
     for document in lab.ROOT / "README.md", DOCS / "command.md":
         assert shown in document.read_text()
@@ -76,6 +74,6 @@ def test_paths():
 
 
 def test_promises():
-    """docs/promises.md has the scenarios of compare_trust.py, in their order; none is broken by cni-portmap."""
-    assert column("promises.md", 0, 1) == [(what, f"`{test}`") for what, test, _ in compare_trust.PROMISES]
+    """docs/promises.md has the scenarios of measure/promises.py, in their order; none is broken by cni-portmap."""
+    assert column("promises.md", 0, 1) == [(what, f"`{test}`") for what, test, _ in promises.PROMISES]
     assert not [row for row in column("promises.md", 2) if "**" in row[0]]

@@ -1,53 +1,20 @@
 """cni-portmap restore: after a flush the kernel holds again what libcni remembers of those that live, and no more."""
-import base64
 import contextlib
-import json
 import os
 import pathlib
 import random
-import subprocess
 import threading
 from typing import Any
 
-import harness
 import lab
 import pytest
-from cni_portmap.libcni_cache import Memory
 from cni_portmap.attachment import Attachment
+from cni_portmap.libcni_cache import Memory
+from cni_portmap.linux import kernel
 from cni_portmap.verbs.restore import restore
-from harness import TABLE, Call, Fork, Host, Pod, host_fixture  # noqa: F401  # pytest finds fixtures by name
-from test_faults import BOTH, DAMAGES, OTHER
-
-PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}}
-
-
-class Cache:
-    """A results folder of libcni: libcni/api.go, cachedInfo."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-
-    def write(self, pod: Pod, **changes: Any) -> pathlib.Path:
-        """The file that libcni writes after ADD. `changes`: other members; None for none."""
-        stdin = json.loads(pod.stdin("ADD"))
-        conflist = {"cniVersion": "1.1.0", "name": pod.network, "plugins": [
-            {"type": "bridge", "bridge": "cni0"},
-            {**PORTMAP, **{key: value for key, value in pod.config.items() if key not in ("cniVersion", "name")}}]}
-        entry = {"kind": "cniCacheV1", "containerId": pod.id, "config": conflist, "ifName": pod.ifname,
-                 "networkName": pod.network, "netns": pod.netns, "cniArgs": [["IgnoreUnknown", "1"]],
-                 "capabilityArgs": {"portMappings": pod.ports}, "result": stdin["prevResult"], **changes}
-        entry["config"] = base64.b64encode(json.dumps(entry["config"]).encode()).decode()
-        path = self.folder / f"{pod.network}-{pod.id}-{pod.ifname}"
-        path.write_text(json.dumps({key: value for key, value in entry.items() if value is not None}))
-        return path
-
-    def restore(self, host: Host, *options: object, status: int = 0) -> Any:
-        """Run the command: its report."""
-        command = host.executable.parent.parent / "sbin/cni-portmap"
-        done = subprocess.run([command, "restore", "--json", "--cache", self.folder, *map(str, options)],
-                              capture_output=True, text=True, check=False)
-        assert done.returncode == status and "Traceback" not in done.stderr, done
-        return json.loads(done.stdout)
+from lab import TABLE, Call, Fork, Pod
+from lab.damage import BOTH, DAMAGES, OTHER
+from lab.libcni_cache import PORTMAP, Cache
 
 
 @pytest.fixture
@@ -62,7 +29,7 @@ def alive(*pods: Pod) -> tuple[Pod, ...]:
 
 
 def flush() -> None:
-    harness.nft("flush ruleset")
+    lab.nft_script("flush ruleset")
 
 
 def restored(report: Any) -> list[str]:
@@ -77,16 +44,16 @@ def test_everything_comes_back(host, cache):
     pods = [Pod(f"pod{i}", f"{9000 + i}:80", f"127.0.0.1:{9000 + i}:53/udp", netns=namespace.path,
                 ips=(f"10.20.0.{i + 2}/16", f"fd20::{i + 2}/64")) for i in range(50)]
     for pod in pods:
-        assert not harness.fork("ADD", pod).code
+        assert not lab.fork("ADD", pod).code
         cache.write(pod)
-    before = harness.state()
+    before = lab.state()
     flush()
-    generation = harness.generation()
+    generation = lab.generation()
     assert restored(cache.restore(host)) == sorted(pod.chain for pod in pods)
-    assert harness.state() == before and harness.generation() == generation + 2
+    assert lab.state() == before and lab.generation() == generation + 2
     again = cache.restore(host)
     assert not again["restored"] and again["in_place"] == 50
-    assert harness.generation() == generation + 2
+    assert lab.generation() == generation + 2
     for pod in pods[::10]:
         assert not host.call("CHECK", pod).code
     host.delete(*pods[::10])
@@ -98,10 +65,10 @@ def test_dry_run(host, cache):
     cache.write(web)
     cache.write(other)
     host.add(other)
-    before, generation = harness.state(), harness.generation()
+    before, generation = lab.state(), lab.generation()
     planned = cache.restore(host, "--dry-run")
     assert restored(planned) == [web.chain] and planned["in_place"] == 1
-    assert harness.state() == before and harness.generation() == generation
+    assert lab.state() == before and lab.generation() == generation
     assert cache.restore(host) == planned
 
 
@@ -116,15 +83,15 @@ def test_who_stands_by(host, cache, damage, first):
     for index, pod in enumerate(both):
         path = cache.write(pod)
         os.utime(path, (index ^ first, index ^ first))  # the oldest is read first
-    harness.nft(damage.format(TABLE))
+    lab.nft_script(damage.format(TABLE))
     cache.restore(host)
-    assert [*harness.elements()] == [("ipv4", "tcp", "8080")]
+    assert [*lab.elements()] == [("ipv4", "tcp", "8080")]
     assert not cache.restore(host)["restored"]
     for pod in both:
         assert not host.call("CHECK", pod).code
-    holder, = harness.elements().values()
+    holder, = lab.elements().values()
     host.delete(*(pod for pod in both if pod.chain == holder))
-    assert [*harness.elements().values()] == [pod.chain for pod in both if pod.chain != holder]
+    assert [*lab.elements().values()] == [pod.chain for pod in both if pod.chain != holder]
 
 
 def test_localhost_stays_closed_without_the_guard(host, cache):
@@ -132,12 +99,10 @@ def test_localhost_stays_closed_without_the_guard(host, cache):
     lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
     cache.write(Pod("web", "8080:80"))
     path = pathlib.Path("/proc/sys/net/ipv4/conf/to-web/route_localnet")
-    harness.nft(f"table {TABLE} {{ map hostip6_hostports {{ type inet_service : verdict; }}; }}")
-    command = host.executable.parent.parent / "sbin/cni-portmap"
-    done = subprocess.run([command, "restore", "--json", "--cache", cache.folder], capture_output=True, text=True,
-                          check=False)
-    assert done.returncode and path.read_text() == "0\n", done
-    harness.nft(f"delete table {TABLE}")
+    lab.nft_script(f"table {TABLE} {{ map hostip6_hostports {{ type inet_service : verdict; }}; }}")
+    cache.restore(host, status=1)
+    assert path.read_text() == "0\n"
+    lab.nft_script(f"delete table {TABLE}")
     assert restored(cache.restore(host)) == ["c/web/eth0"] and path.read_text() == "1\n"
 
 
@@ -148,10 +113,10 @@ def test_every_damage(host, cache, name):
     host.add(*pods)
     for pod in pods:
         cache.write(pod)
-    before = harness.state()
+    before = lab.state()
     DAMAGES[name][0]()
     cache.restore(host)
-    assert harness.state() == before
+    assert lab.state() == before
     for pod in pods:
         assert not host.call("CHECK", pod).code
 
@@ -163,7 +128,7 @@ def test_what_is_whole_is_left_alone(host, cache):
     for pod in pods:
         cache.write(pod)
     handles = lab.run("nft", "-a", "list", "chain", "inet", "cni_portmap", pods[1].chain)
-    harness.nft(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080 }}")
+    lab.nft_script(f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080 }}")
     assert restored(cache.restore(host)) == [pods[0].chain]
     assert lab.run("nft", "-a", "list", "chain", "inet", "cni_portmap", pods[1].chain) == handles
 
@@ -176,12 +141,12 @@ def test_one_port_on_two_networks(host, cache):
     for age, pod in enumerate((wan, lan)):  # libcni's files, the older last
         path = cache.write(pod)
         os.utime(path, (1000 - age, 1000 - age))
-    before = harness.state()
+    before = lab.state()
     flush()
     assert restored(cache.restore(host)) == [lan.chain, wan.chain]
-    assert harness.state() == before
+    assert lab.state() == before
     host.delete(lan)
-    assert harness.elements() == {("ipv4", "tcp", "8080"): wan.chain}
+    assert lab.elements() == {("ipv4", "tcp", "8080"): wan.chain}
 
 
 # --- which files ----------------------------------------------------------------------------------------------
@@ -206,15 +171,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(host, cache, name):
+def test_every_shape_of_the_file_is_understood(host, cache, name):
     """Every shape that libcni's file has had leads to the same rules."""
     alive(WEB)
     host.add(WEB)
-    before = harness.state()
+    before = lab.state()
     cache.write(WEB, **SHAPES[name])
     flush()
     assert restored(cache.restore(host)) == [WEB.chain]
-    assert harness.state() == before
+    assert lab.state() == before
 
 
 # changes to the file that mean that nothing was published, or that it cannot be known what
@@ -251,11 +216,11 @@ def test_nothing_to_restore(host, cache, name):
     file = cache.write(WEB, **NOTHING[name])
     cache.write(other)
     report = cache.restore(host)
-    assert restored(report) == [other.chain] and harness.chains() == [other.chain]
+    assert restored(report) == [other.chain] and lab.chains() == [other.chain]
     assert [each["file"] for each in report["skipped"]] == [str(file)] and report["skipped"][0]["reason"]
 
 
-def test_garbage(host, cache):
+def test_garbage_in_the_folder_is_passed_over(host, cache):
     """Whatever lies in the folder, restore goes on."""
     alive(WEB)
     whole = cache.write(WEB).read_bytes()
@@ -273,7 +238,7 @@ def test_no_folder(host, cache):
     """A folder that does not exist holds nothing."""
     cache.folder = pathlib.Path("/run/nowhere")
     assert cache.restore(host) == {"restored": [], "refused": [], "in_place": 0, "skipped": []}
-    assert not harness.state()
+    assert not lab.state()
 
 
 def test_files_that_vanish(cache):
@@ -305,7 +270,7 @@ def test_the_oldest_claim_wins(host, cache):
     for age, pod in enumerate((third, second, first)):
         os.utime(cache.write(pod), (1000 - age, 1000 - age))
     report = cache.restore(host, status=1)
-    assert restored(report) == [first.chain, third.chain] == harness.chains()
+    assert restored(report) == [first.chain, third.chain] == lab.chains()
     assert [each["container"] for each in report["refused"]] == ["second"]
     assert "tcp port 8080 on 192.0.2.1 is already published by container first" in report["refused"][0]["reason"]
 
@@ -315,11 +280,11 @@ def test_a_living_owner_stays(host, cache):
     web, new = alive(WEB, Pod("new", "8080:80"))
     cache.write(web)
     host.add(new)
-    before = harness.state()
+    before = lab.state()
     report = cache.restore(host, status=1)
     assert [each["container"] for each in report["refused"]] == [web.id] and "container new" in \
         report["refused"][0]["reason"]
-    assert harness.state() == before
+    assert lab.state() == before
 
 
 def test_a_dead_owner_gives_way(host, cache):
@@ -330,7 +295,7 @@ def test_a_dead_owner_gives_way(host, cache):
     namespace.remove()
     alive(WEB)
     cache.write(WEB)
-    assert restored(cache.restore(host)) == [WEB.chain] == harness.chains()
+    assert restored(cache.restore(host)) == [WEB.chain] == lab.chains()
 
 
 # --- all or nothing -------------------------------------------------------------------------------------------
@@ -344,26 +309,26 @@ def test_killed_at_every_instant(host, cache):
     for pod in pods:
         cache.write(pod)
     host.add(*pods)
-    after = harness.state()
+    after = lab.state()
     host.delete(*pods)
-    base = harness.state()
+    base = lab.state()
 
     def task() -> tuple[int, str]:
         live = [found for _, found in Memory([cache.folder]).found if isinstance(found, Attachment)]
-        restore(live, harness.kernel.Kernel())
+        restore(live, kernel.Kernel())
         return 0, ""
 
     seen = []
     killed = True
     while killed:
-        harness.nft(f"add table {TABLE}", f"delete table {TABLE}")
+        lab.nft_script(f"add table {TABLE}", f"delete table {TABLE}")
         killed = Fork(task, stop_at=len(seen)).killed
-        found = harness.state()
+        found = lab.state()
         assert found in ([], base, after), f"half-done when killed at system call {len(seen)}"
         seen.append(found == after)
         if len(seen) % 5 == 0:
             assert not Fork(task).answer().code
-            assert harness.state() == after
+            assert lab.state() == after
     assert len(seen) > 40 and not seen[0] and seen[-1]
 
 
@@ -384,4 +349,4 @@ def test_together_with_everything_else(host, cache):
             stack.callback(thread.join)
         for call in calls:
             assert not call.answer().code
-    assert harness.chains() == sorted(pod.chain for pod in (*staying, *coming))
+    assert lab.chains() == sorted(pod.chain for pod in (*staying, *coming))

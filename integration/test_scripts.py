@@ -22,7 +22,7 @@ def checkout():
     lab.run("mount", "-t", "tmpfs", "none", "/mnt")
     lab.run("cp", "-r", lab.ROOT / "scripts", lab.ROOT / "cni_portmap", "/mnt")
     lab.run("mkdir", "/mnt/integration")
-    lab.run("cp", "-r", *(lab.ROOT / "integration" / name for name in ("lab.py", "demo.py", "debian.py", "bench")),
+    lab.run("cp", "-r", *(lab.ROOT / "integration" / name for name in ("lab", "measure", "demo.py", "debian.py")),
             "/mnt/integration")
     yield "/mnt"
     lab.run("umount", "/mnt")

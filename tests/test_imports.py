@@ -6,6 +6,7 @@ make namespaces; where it does not, these tests are skipped.
 import ast
 import json
 import os
+import pathlib
 import subprocess
 
 import pytest
@@ -137,6 +138,47 @@ def test_own_kernel(own_kernel):
     assert inside.startswith("net:") and inside != os.readlink("/proc/self/ns/net")
 
 
+# --- in the whole checkout ------------------------------------------------------------------------------------
+
+def sources():
+    """Every Python file of the checkout and its text: modules, and scripts whose first line says so."""
+    for folder in "cni_portmap", "scripts", "tests", "integration":
+        for place, folders, names in os.walk(ROOT / folder):
+            folders[:] = {*folders} - {"kept", "unpacked"}  # systems and packages of others
+            for path in (pathlib.Path(place, name) for name in names):
+                if path.suffix == ".py" or path.read_bytes().startswith(b"#!/usr/bin/python3"):
+                    yield str(path.relative_to(ROOT)), path.read_text()
+
+
+def names_in(source):
+    """The full names that a file imports, late ones included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Who imports what: path -> names."""
+    found = {path: {*names_in(source)} for path, source in sources()}
+    assert {"integration/lab/links.py", "scripts/bench", "integration/test_faults.py"} <= {*found}
+    return found
+
+
+def test_nothing_imports_a_test(imports):
+    """What tests share is in tests/helpers.py, integration/lab and conftest.py: a test that is imported runs twice."""
+    assert not [(path, name) for path, names in imports.items() for name in names
+                if any(part == "conftest" or part.startswith("test_") for part in name.split("."))]
+
+
+def test_users_of_pyroute2(imports):
+    """It takes 140 ms to import, so the plugin never does; the lab makes links with it."""
+    assert {path for path, names in imports.items() for name in names if name.split(".")[0] == "pyroute2"} == \
+        {"integration/lab/links.py"}
+
+
 # --- the arrows between the rooms, late imports included --------------------------------------------------------
 
 PACKAGE = ROOT / "cni_portmap"
@@ -211,10 +253,3 @@ def test_only_linux_makes_system_calls(path):
     """What touches the system is in one folder, so that a reader who looks for it looks there alone."""
     found = {name.partition(".")[0] for name in imports_of(path)} & SYSTEM
     assert found <= ALLOWED.get(ROOMS[path], set())
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if ROOMS[path] not in ("cli", "__main__")],
-                         ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_pyroute2_is_for_people(path):
-    """140 ms: for the command and the tests, never where a runtime's call could meet it."""
-    assert not {name for name in imports_of(path) if name.startswith("pyroute2")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import lab
 import pytest
-from machine import HERE, UNPACKED, VERSIONS
+from lab.machine import RUNTIMES, UNPACKED, VERSIONS
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def cnitool(need, tmp_path_factory):
 
 def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> None:
     """Give each report what the table has of it; as text, since it may come from another process."""
-    if HERE in item.path.parents and isinstance(item, pytest.Function) and call.when != "teardown":
+    if RUNTIMES in item.path.parents and isinstance(item, pytest.Function) and call.when != "teardown":
         about = (item.function.__doc__ or item.name).strip()
         case = item.name.partition("[")[2].rstrip("]")
         module = " ".join([(item.module.__doc__ or "").strip(), *VERSIONS[item.module.__name__]])

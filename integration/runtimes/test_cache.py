@@ -3,13 +3,13 @@ import json
 
 import lab
 import pytest
-from machine import HERE
+from lab.machine import RUNTIMES
 
-EXAMPLES = sorted((HERE / "cache").glob("*.json"))
+EXAMPLES = sorted((RUNTIMES / "cache").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(bin_dir, tmp_path, path):
+def test_an_example_is_restored(bin_dir, tmp_path, path):
     """A pod's file is restored, also where it does not name its namespace itself; loopback's is passed over"""
     text, namespace = path.read_text(), lab.Namespace("cached")
     cached = json.loads(text)

@@ -4,7 +4,7 @@ from typing import Any
 
 import lab
 import pytest
-from machine import CLIENT, HOST, PLUGINS, Machine
+from lab.machine import CLIENT_IP, HOST_IP, PLUGINS, Machine
 
 IPAM = {"type": "host-local", "ranges": [[{"subnet": "10.244.0.0/24"}], [{"subnet": "fd44::/64"}]],
         "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}
@@ -41,7 +41,7 @@ def machine(need, cnitool):
 
 
 @pytest.mark.parametrize("provider", CONFLISTS)
-def test_conflist(machine, provider):
+def test_a_conflist_publishes_a_host_port(machine, provider):
     """add, an answer, del of a pod with a hostPort"""
     conflist, pod = CONFLISTS[provider], lab.Namespace(f"pod-{provider}")
     machine.write(f"/etc/cni/net.d/{conflist['name']}.conflist", json.dumps(conflist))
@@ -52,7 +52,7 @@ def test_conflist(machine, provider):
     cnitool("add")
     with lab.Server(provider, pod, 80):
         for family in 4, 6:
-            assert lab.exchange(machine.client, HOST[family], 8080) == lab.Saw(provider, CLIENT[family], 80)
+            assert lab.exchange(machine.client, HOST_IP[family], 8080) == lab.Saw(provider, CLIENT_IP[family], 80)
         assert lab.exchange(lab.HOST, "127.0.0.1", 8080)
     cnitool("del")
     pod.remove()

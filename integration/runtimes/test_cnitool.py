@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import lab
 import pytest
-from machine import CLIENT, HOST, NEWER_PLUGINS, PLUGINS, VERSIONS, Machine, flush_ruleset, shown_in
+from lab.machine import CLIENT_IP, HOST_IP, NEWER_PLUGINS, PLUGINS, VERSIONS, Machine, flush_ruleset, shown_in
 
 PORTS = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
          {"hostPort": 8081, "containerPort": 80, "protocol": "tcp", "hostIP": "127.0.0.1"},
@@ -62,8 +62,8 @@ class Box:
 
     def answers(self) -> bool:
         with lab.Server("box", self.namespace, 80), lab.Server("box", self.namespace, 53, "udp"):
-            return lab.exchange(self.machine.client, HOST[4], 8080) == lab.Saw("box", CLIENT[4], 80) and \
-                lab.exchange(self.machine.client, HOST[6], 5353, "udp") == lab.Saw("box", CLIENT[6], 53) and \
+            return lab.exchange(self.machine.client, HOST_IP[4], 8080) == lab.Saw("box", CLIENT_IP[4], 80) and \
+                lab.exchange(self.machine.client, HOST_IP[6], 5353, "udp") == lab.Saw("box", CLIENT_IP[6], 53) and \
                 lab.exchange(lab.HOST, "127.0.0.1", 8081) is not None
 
 
@@ -77,7 +77,7 @@ def box(machine, request):
 
 
 @pytest.mark.parametrize("box", CASES, indirect=True)
-def test_life(box):
+def test_added_it_answers_until_deleted(box):
     """add, check, del, del again"""
     result = json.loads(box.do("add"))
     assert result["cniVersion"] == box.case.version
@@ -90,7 +90,7 @@ def test_life(box):
 
 
 @pytest.mark.parametrize("box", CASES, indirect=True)
-def test_check(box):
+def test_check_names_a_lost_port(box):
     """check fails when a port is gone, and names it; cni-portmap restore repairs it"""
     box.do("add")
     lab.run("nft", "delete", "element", "inet", "cni_portmap", "hostports", "{ ipv4 . tcp . 8080 }")
@@ -104,7 +104,7 @@ def test_check(box):
 
 
 @pytest.mark.parametrize("box", CASES, indirect=True)
-def test_conflict(box):
+def test_a_second_claim_is_refused(box):
     """add of a second namespace with the same ports fails, with the owner's name; the first is unharmed"""
     box.do("add")
     before, second = lab.table(), Box(box.machine, box.case, "second")
@@ -126,7 +126,7 @@ def test_namespace_gone(box):
 
 
 @pytest.mark.parametrize("box", NEWEST, indirect=True)
-def test_status(box):
+def test_status_says_why_it_cannot_work(box):
     """status: fine, and without CAP_NET_ADMIN the reason"""
     box.do("status")
     said = box.machine.fails("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", *box.command("status"))
@@ -134,7 +134,7 @@ def test_status(box):
 
 
 @pytest.mark.parametrize("box", NEWEST, indirect=True)
-def test_gc(box):
+def test_gc_deletes_what_libcni_knows(box):
     """gc: libcni deletes the attachments that it knows; those of others, of which it sends no list, stay"""
     box.do("add")
     box.do("gc")
@@ -150,6 +150,6 @@ def test_gc(box):
 def test_documented_commands(machine):
     """The commands in docs/cnitool.md"""
     assert "0.0.0.0:8080/tcp" in machine.shell(COMMANDS)
-    lab.run("ip", "netns", "del", "box")
+    lab.delete_namespace("box")
     assert "c/" not in lab.table()
     assert shown_in("docs/cnitool.md", COMMANDS)

@@ -4,7 +4,7 @@ import subprocess
 
 import lab
 import pytest
-from machine import CLIENT, HOST, PLUGINS, Entered, Machine, wrappers
+from lab.machine import CLIENT_IP, HOST_IP, PLUGINS, Machine, wrappers
 
 CONFLIST = {
     "cniVersion": "1.0.0", "name": "bridge",
@@ -23,7 +23,7 @@ PORTS = [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0
          {"HostPort": 8081, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "127.0.0.1"}]
 
 
-class Container:
+class NerdctlContainer:
     """A process with a network namespace of its own, and what nerdctl's hooks do for it."""
 
     def __init__(self, machine: Machine, network: lab.Network, name: str) -> None:
@@ -53,9 +53,9 @@ class Container:
         self.network.delete(self.id, "", PORTS)
 
     def answers(self) -> bool:
-        with lab.Server(self.name, Entered(f"{self.machine.root}{self.path}"), 80):
-            return lab.exchange(self.machine.client, HOST[4], 8080) == lab.Saw(self.name, CLIENT[4], 80) and \
-                lab.exchange(self.machine.client, HOST[6], 8080) is None and \
+        with lab.Server(self.name, lab.Netns(f"{self.machine.root}{self.path}"), 80):
+            return lab.exchange(self.machine.client, HOST_IP[4], 8080) == lab.Saw(self.name, CLIENT_IP[4], 80) and \
+                lab.exchange(self.machine.client, HOST_IP[6], 8080) is None and \
                 lab.exchange(lab.HOST, "127.0.0.1", 8081) is not None
 
 
@@ -71,8 +71,8 @@ def container(machine, tmp_path):
     """Makes containers, which are stopped in the end; nothing of them is left."""
     network, made = lab.Network(CONFLIST, wrappers(tmp_path, machine.command())), []
 
-    def make(name: str) -> Container:
-        made.append(Container(machine, network, name))
+    def make(name: str) -> NerdctlContainer:
+        made.append(NerdctlContainer(machine, network, name))
         return made[-1]
     yield make
     for each in made:
@@ -80,7 +80,7 @@ def container(machine, tmp_path):
     assert "c/" not in lab.table()
 
 
-def test_life(container):
+def test_started_it_answers_until_stopped(container):
     """run -p, stop, start"""
     web = container("web")
     web.create()
@@ -91,7 +91,7 @@ def test_life(container):
     assert web.answers()
 
 
-def test_killed(container):
+def test_a_killed_container_frees_its_port(container):
     """A container dies, and its hook never runs: the next one gets the port (nerdctl#2699)"""
     web, after = container("web"), container("next")
     web.create()

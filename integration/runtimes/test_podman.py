@@ -3,7 +3,7 @@ import contextlib
 
 import lab
 import pytest
-from machine import CLIENT, HOST, VERSIONS, Entered, Machine, flush_ruleset, shown_in, until
+from lab.machine import CLIENT_IP, HOST_IP, VERSIONS, Machine, flush_ruleset, shown_in
 
 INSTALL = "scripts/install --bin-dir /usr/local/lib/cni"
 COMMANDS = f"""
@@ -41,14 +41,14 @@ class Podman(Machine):
     def start(self, *options: str, name: str = "web", network: str = "dual") -> str:
         return self.podman("run", "-d", "--name", name, "--network", network, *options, "image")
 
-    def inside(self, name: str = "web") -> Entered:
-        return Entered(self.podman("inspect", "--format", "{{.NetworkSettings.SandboxKey}}", name))
+    def inside(self, name: str = "web") -> lab.Netns:
+        return lab.Netns(self.podman("inspect", "--format", "{{.NetworkSettings.SandboxKey}}", name))
 
     def answers(self, port: int = 8080, families: tuple[int, ...] = (4, 6), name: str = "web") -> bool:
         """Whether a container's server answers on the host's addresses, and sees the client's own."""
         with lab.Server(name, self.inside(name), 80):
-            return [lab.exchange(self.client, HOST[family], port) for family in families] == \
-                [lab.Saw(name, CLIENT[family], 80) for family in families]
+            return [lab.exchange(self.client, HOST_IP[family], port) for family in families] == \
+                [lab.Saw(name, CLIENT_IP[family], 80) for family in families]
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +90,22 @@ class TestPaths:
         podman.podman("rm", "-f", "-t", "0", "web")
 
     @pytest.mark.parametrize(("source", "ip", "port", "protocol", "seen"), [
-        ("client", HOST[4], 8080, "tcp", CLIENT[4]),
-        ("client", HOST[6], 8080, "tcp", CLIENT[6]),
-        ("host", HOST[4], 8080, "tcp", HOST[4]),
-        ("host", HOST[6], 8080, "tcp", HOST[6]),
+        ("client", HOST_IP[4], 8080, "tcp", CLIENT_IP[4]),
+        ("client", HOST_IP[6], 8080, "tcp", CLIENT_IP[6]),
+        ("host", HOST_IP[4], 8080, "tcp", HOST_IP[4]),
+        ("host", HOST_IP[6], 8080, "tcp", HOST_IP[6]),
         ("host", "127.0.0.1", 8080, "tcp", "gateway"),
         ("host", "::1", 8080, "tcp", "gateway"),
         ("host", "127.0.0.1", 8081, "tcp", "gateway"),
         ("host", "::1", 8082, "tcp", "gateway"),
-        ("host", HOST[4], 8081, "tcp", "nobody"),
-        ("client", HOST[4], 8081, "tcp", "nobody"),
-        ("client", HOST[6], 8082, "tcp", "nobody"),
-        ("client", HOST[4], 9000, "udp", CLIENT[4]),
-        ("client", HOST[6], 9003, "udp", CLIENT[6]),
-        ("client", HOST[4], 9004, "udp", "nobody"),
+        ("host", HOST_IP[4], 8081, "tcp", "nobody"),
+        ("client", HOST_IP[4], 8081, "tcp", "nobody"),
+        ("client", HOST_IP[6], 8082, "tcp", "nobody"),
+        ("client", HOST_IP[4], 9000, "udp", CLIENT_IP[4]),
+        ("client", HOST_IP[6], 9003, "udp", CLIENT_IP[6]),
+        ("client", HOST_IP[4], 9004, "udp", "nobody"),
     ])
-    def test_path(self, podman, gateways, source, ip, port, protocol, seen):
+    def test_path_leads_where_it_should(self, podman, gateways, source, ip, port, protocol, seen):
         """run -p: whom the server sees"""
         assert podman.whom_server_sees(source, ip, port, protocol) in (gateways if seen == "gateway" else [seen])
 
@@ -114,7 +114,7 @@ class TestPaths:
         def counted() -> int:
             return int(podman.json("cni-portmap", "list", "--json", "--port", "8080")[0]["connections"])
         before = counted()
-        assert lab.exchange(podman.client, HOST[4], 8080) == lab.Saw("web", CLIENT[4], 80)
+        assert lab.exchange(podman.client, HOST_IP[4], 8080) == lab.Saw("web", CLIENT_IP[4], 80)
         assert counted() == before + 1
         assert "conmon" in podman.run("ss", "-Hltnp", "sport = :8080")
 
@@ -132,7 +132,7 @@ def test_stop_start_restart(podman, clean):
 
 
 @pytest.mark.parametrize("command", ["podman network reload web", "cni-portmap restore"])
-def test_flush(podman, clean, command):
+def test_ports_come_back_after_a_flush(podman, clean, command):
     """nft flush ruleset, then"""
     podman.start("-p", "8080:80")
     before = lab.table()
@@ -145,14 +145,14 @@ def test_flush(podman, clean, command):
     assert len(lines[0]) == len(lines[1])
 
 
-def test_reload(podman, clean):
+def test_network_reload_changes_nothing(podman, clean):
     """network reload: it answers as before"""
     podman.start("-p", "8080:80")
     podman.podman("network", "reload", "--all")
     assert podman.answers()
 
 
-def test_pod(podman, clean):
+def test_ports_of_a_pod_answer(podman, clean):
     """pod create -p: a container of the pod answers; pod stop, pod start"""
     podman.podman("pod", "create", "--name", "pod", "--network", "dual", "-p", "8080:80", "--infra-image", "image",
                   "--infra-command", "/bin/busybox sleep 100000", "--infra-name", "infra")
@@ -171,7 +171,7 @@ def test_two_networks(podman, clean):
 
 
 @pytest.mark.parametrize("leaves", ["other", "dual"])
-def test_connect(podman, clean, leaves):
+def test_connect_and_disconnect_keep_the_port(podman, clean, leaves):
     """network connect other: it answers; so it does after network disconnect"""
     podman.start("-p", "8080:80")
     podman.podman("network", "connect", "other", "web")
@@ -181,11 +181,11 @@ def test_connect(podman, clean, leaves):
         assert lab.exchange(lab.HOST, "127.0.0.1", 8080)
 
 
-def test_killed(podman, clean):
+def test_a_killed_container_frees_its_port(podman, clean):
     """kill -9 of the container: its port is free for another"""
     podman.start("-p", "8080:80")
     podman.run("kill", "-9", podman.podman("inspect", "--format", "{{.State.Pid}}", "web"))
-    until(lambda: "c/" not in lab.table())
+    assert lab.until(lambda: "c/" not in lab.table())
     podman.start("-p", "8080:80", name="next")
     assert podman.answers(name="next")
 
@@ -195,13 +195,14 @@ def test_conmon_killed(podman, clean):
     podman.start("-p", "8080:80")
     podman.run("kill", "-9", *podman.podman("inspect", "--format", "{{.State.ConmonPid}} {{.State.Pid}}",
                                             "web").split())
-    until(lambda: not podman.podman("ps", "-aq") or podman.run("podman", "rm", "-f", "-t", "0", "web", check=False))
+    assert lab.until(
+        lambda: not podman.podman("ps", "-aq") or podman.run("podman", "rm", "-f", "-t", "0", "web", check=False))
     assert "c/" not in lab.table()
     podman.start("-p", "8080:80", name="next")
     assert podman.answers(name="next")
 
 
-def test_removed(podman, clean):
+def test_a_removed_container_leaves_nothing(podman, clean):
     """rm -f of a running container: nothing is left"""
     podman.start("-p", "8080:80")
     podman.podman("rm", "-f", "-t", "0", "web")
@@ -209,7 +210,7 @@ def test_removed(podman, clean):
 
 
 @pytest.mark.parametrize("second", ["8080:80", "127.0.0.1:8080:80"])
-def test_conflict(podman, clean, second):
+def test_a_second_claim_is_refused(podman, clean, second):
     """A second container with the port is refused, with the owner's name; the first is unharmed; the second had -p"""
     owner = podman.start("-p", "8080:80")
     before = lab.table()

@@ -5,9 +5,10 @@ from typing import Any
 
 import lab
 import pytest
-from machine import PLUGINS, Entered, Machine, wrappers
+from lab.machine import PLUGINS, Machine, wrappers
 
 USER = 65534
+# Links by command, not by the lab: this is a shell in user and mount namespaces that the tests' process is not in.
 BOOT = """
 echo $$; read mapped
 mount -t tmpfs tmpfs /run  # the user's own there, as is libcni's folder
@@ -34,7 +35,7 @@ class Rootless:
         self._process.stdin.write("mapped\n")
         self._process.stdin.flush()
         assert self._process.stdout.readline() == "ready\n"
-        self.host, self.box = Entered(self.proc / "ns/net"), Entered(self.proc / "root/run/netns/box")
+        self.host, self.box = lab.Netns(self.proc / "ns/net"), lab.Netns(self.proc / "root/run/netns/box")
         with self.host:
             lab.br_netfilter(False)
         inside = machine.command("nsenter", "-t", self._pid, "-U", "-m", "-n", "--")
@@ -71,7 +72,7 @@ def rootless(machine, tmp_path):
     assert lab.table() == ""
 
 
-def test_life(rootless):
+def test_a_container_answers_its_user(rootless):
     """ADD, answers on localhost and to the user's network, CHECK, DEL; the host's own rules stay as they are"""
     ports = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
     rootless.add(ports)

@@ -4,8 +4,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import lab
-from machine import UNPACKED
+from .machine import UNPACKED
+from .processes import run
 
 DEFINITION = UNPACKED / "cri-api/usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto"
 
@@ -14,13 +14,14 @@ def compile_messages(folder: pathlib.Path) -> ModuleType:
     """CRI's messages, compiled into `folder`."""
     text = DEFINITION.read_text().replace("[debug_redact = true]", "")  # an option that older compilers do not know
     (folder / "cri_api.proto").write_text(text)
-    lab.run("protoc", "-I", folder, "--python_out", folder, folder / "cri_api.proto")
+    run("protoc", "-I", folder, "--python_out", folder, folder / "cri_api.proto")
     sys.path.insert(0, str(folder))
     try:
         import cri_api_pb2
     finally:
         sys.path.remove(str(folder))
-    return cri_api_pb2
+    compiled: ModuleType = cri_api_pb2
+    return compiled
 
 
 class Cri:

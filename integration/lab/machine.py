@@ -8,24 +8,25 @@ import collections
 import hashlib
 import io
 import json
-import os
 import pathlib
 import shlex
 import subprocess
 import tarfile
 import textwrap
-import time
-from collections.abc import Callable
 from typing import Any, Self
 
-import lab
+from .links import bring_up
+from .namespaces import HOST, br_netfilter, own_network, sysctl, wire
+from .processes import ROOT, run
+from .servers import exchange
+from .tables import keep_conntrack, nft
 
 VERSIONS: dict[str, list[str]] = collections.defaultdict(list)  # test module -> what its runtimes say they are
-HERE = pathlib.Path(__file__).resolve().parent
-UNPACKED = HERE / "unpacked"
+RUNTIMES = ROOT / "integration/runtimes"  # the tests
+UNPACKED = RUNTIMES / "unpacked"  # by integration/runtimes/packages
 PLUGINS, NEWER_PLUGINS = "/usr/lib/cni", UNPACKED / "cni-plugins/usr/lib/cni"
-CLIENT = {4: "203.0.113.2", 6: "2001:db8::2"}  # a machine on the LAN
-HOST = {4: "203.0.113.1", 6: "2001:db8::1"}  # the runtime's
+CLIENT_IP = {4: "203.0.113.2", 6: "2001:db8::2"}  # a machine on the LAN
+HOST_IP = {4: "203.0.113.1", 6: "2001:db8::1"}  # the runtime's
 
 # Children of a process that ignores SIGCHLD leave no zombies: an init in one line.
 BOOT = """
@@ -47,13 +48,6 @@ exec sleep infinity
 """
 
 
-class Entered(lab.Namespace):
-    """A network namespace that somebody else has made."""
-
-    def __init__(self, path: str | pathlib.Path) -> None:  # no super().__init__: that makes one
-        self.path = str(path)
-
-
 class Machine:
     """A host for one runtime, with a client on its LAN; inside the `with`, this thread's network is the machine's.
 
@@ -72,14 +66,14 @@ class Machine:
     def __enter__(self) -> Self:
         self._cgroups: list[pathlib.Path] = []
         self._cgroups = self._new_cgroups()
-        self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        lab._call(lab._libc.unshare(lab.CLONE_NEWNET))
-        lab.run("mount", "--make-shared", "/run")
-        lab.run("ip", "link", "set", "lo", "up")
+        self._network = own_network()
+        self._network.__enter__()
+        run("mount", "--make-shared", "/run")
+        bring_up("lo")
         for key, value in {"ipv4.ip_forward": 1, "ipv6.conf.all.forwarding": 1, "ipv6.conf.all.accept_dad": 0,
                            "ipv6.conf.default.accept_dad": 0}.items():
-            lab.sysctl(f"net.{key}", value)
-        lab.br_netfilter(False)
+            sysctl(f"net.{key}", value)
+        br_netfilter(False)
         keep_conntrack()
         boot = BOOT.format(upper=f"/run/machine/{self.name}", plugins=self._plugins)
         # What the tests' process leaves behind when it is killed, the kernel kills: unshare, its child, all in there.
@@ -89,8 +83,8 @@ class Machine:
         assert self._init.stdout and self._init.stdout.readline() == "ready\n"
         self.pid = int(pathlib.Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text())
         self.root = pathlib.Path(f"/proc/{self.pid}/root")
-        self.client = lab.wire(f"lan-{self.name}", (f"{HOST[4]}/24", f"{HOST[6]}/64"),
-                               (f"{CLIENT[4]}/24", f"{CLIENT[6]}/64"), "lan")
+        self.client = wire(f"lan-{self.name}", (f"{HOST_IP[4]}/24", f"{HOST_IP[6]}/64"),
+                               (f"{CLIENT_IP[4]}/24", f"{CLIENT_IP[6]}/64"), "lan")
         try:
             self.shell(self._install)
             self.prepare()
@@ -107,20 +101,19 @@ class Machine:
         self._init.kill()
         self._init.wait()
         for group in self._new_cgroups():
-            lab.run("find", group, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";", check=False)
-        lab._call(lab._libc.setns(self._outside, lab.CLONE_NEWNET))
-        os.close(self._outside)
+            run("find", group, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";", check=False)
+        self._network.__exit__(None, None, None)
 
     def command(self, *words: object) -> list[str]:
         """A command, to be run in the machine."""
         return ["nsenter", "-t", str(self.pid), "-p", "-m", "--", *map(str, words)]
 
     def run(self, *words: object, check: bool = True, input: str | None = None) -> str:
-        return lab.run(*self.command(*words), check=check, input=input)
+        return run(*self.command(*words), check=check, input=input)
 
     def shell(self, commands: str) -> str:
         """Run what somebody has typed, in the project's folder."""
-        return self.run("env", "--chdir", lab.ROOT, "sh", "-euc", commands)
+        return self.run("env", "--chdir", ROOT, "sh", "-euc", commands)
 
     def json(self, *words: object) -> Any:
         return json.loads(self.run(*words))
@@ -143,7 +136,7 @@ class Machine:
         with tarfile.open(fileobj=layer, mode="w") as tar:
             tar.add("/usr/bin/busybox", "bin/busybox")
             _add(tar, "index.html", b"hello\n")
-        architecture = lab.run("dpkg", "--print-architecture").strip()
+        architecture = run("dpkg", "--print-architecture").strip()
         parts = {
             "layer.tar": layer.getvalue(),
             "config.json": json.dumps({
@@ -161,7 +154,7 @@ class Machine:
 
     def whom_server_sees(self, source: str, ip: str, port: int, protocol: str) -> str:
         """The address that the server behind a published port sees of `client` or `host`; "nobody" if none came."""
-        saw = lab.exchange(self.client if source == "client" else lab.HOST, ip, port, protocol)
+        saw = exchange(self.client if source == "client" else HOST, ip, port, protocol)
         return saw.peer if saw else "nobody"
 
 
@@ -173,11 +166,11 @@ def _add(tar: tarfile.TarFile, path: str, content: bytes) -> None:
 
 def shown_in(document: str, commands: str) -> bool:
     """Whether a document shows these commands, so that a reader types what a test runs."""
-    return textwrap.indent(commands.strip(), "    ") in (lab.ROOT / document).read_text()
+    return textwrap.indent(commands.strip(), "    ") in (ROOT / document).read_text()
 
 
 def wrappers(folder: pathlib.Path, command: list[str]) -> pathlib.Path:
-    """A folder of plugins for lab.Network, each of which runs where `command` leads: ours, and the distribution's."""
+    """A folder of plugins for `Network`, each of which runs where `command` leads: ours, and the distribution's."""
     for plugin in pathlib.Path(PLUGINS).iterdir():
         path = "/opt/cni/bin/portmap" if plugin.name == "portmap" else str(plugin)
         (folder / plugin.name).write_text("\n".join(["#!/bin/sh", f"export CNI_PATH={PLUGINS}",
@@ -186,21 +179,7 @@ def wrappers(folder: pathlib.Path, command: list[str]) -> pathlib.Path:
     return folder
 
 
-def keep_conntrack() -> None:
-    """Let this network namespace track connections, whoever else wants it or not; see `lab.enter`."""
-    lab.run("nft", "-f", "-", input="table inet lab { chain keep_conntrack { type filter hook forward priority 0; "
-                                    "ct state new counter; }; }")
-
-
 def flush_ruleset() -> None:
     """What a firewall does when it is told to start again."""
-    lab.run("nft", "flush", "ruleset")
+    nft("flush", "ruleset")
     keep_conntrack()
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait for what happens in somebody else's time and has no signal."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)

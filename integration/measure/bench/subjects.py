@@ -9,14 +9,11 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import lab
-
-sys.path.insert(0, str(lab.ROOT))
 from cni_portmap import attachment as ours
 from cni_portmap import ruleset
 
@@ -93,7 +90,7 @@ def configuration(subject: Subject, container: Published, version: str = "1.0.0"
 
 # --- one call -------------------------------------------------------------------------------------------------
 
-class Call:
+class TimedCall:
     """A prepared call of a program. `run` measures it in the network namespace that the caller is in."""
 
     def __init__(self, argv: list[str], environ: dict[str, str] | None = None, stdin: bytes = b"",
@@ -104,7 +101,7 @@ class Call:
         self._input.write_bytes(stdin)
 
     @classmethod
-    def of(cls, subject: Subject, verb: str, container: Published, version: str = "1.0.0") -> "Call":
+    def of(cls, subject: Subject, verb: str, container: Published, version: str = "1.0.0") -> "TimedCall":
         environ = {**ENVIRON, "CNI_COMMAND": verb, "CNI_CONTAINERID": container.container_id}
         return cls([str(subject.executable)], environ, configuration(subject, container, version), subject.root)
 
@@ -131,9 +128,9 @@ class Call:
             raise AssertionError(f"{' '.join(self._argv)} {self._environ.get('CNI_COMMAND', '')}: {answer.decode()}")
         return (end - start) * 1e3, (usage.ru_utime + usage.ru_stime) * 1e3
 
-    def wrapped(self, *words: str, **environ: str) -> "Call":
+    def wrapped(self, *words: str, **environ: str) -> "TimedCall":
         """The same call, started by another program."""
-        other = Call([*words, *self._argv], {**self._environ, **environ}, b"", self._root)
+        other = TimedCall([*words, *self._argv], {**self._environ, **environ}, b"", self._root)
         other._input = self._input
         return other
 
@@ -159,7 +156,7 @@ def _root(folder: str) -> Iterator[None]:
 def populate(subject: Subject, containers: list[Published]) -> None:
     """Publish all of `containers`, a port each: in bulk, as the plugin itself writes it, but the last by the plugin."""
     def call(verb: str, container: Published) -> None:
-        Call.of(subject, verb, container).run()
+        TimedCall.of(subject, verb, container).run()
 
     call("ADD", identity(1))  # makes what is shared
     call("DEL", identity(1))
@@ -206,33 +203,25 @@ def _reference_iptables_bulk(containers: Iterable[Published]) -> tuple[list[str]
 _BULK = {"": _our_bulk, "nftables": _reference_nftables_bulk, "iptables": _reference_iptables_bulk}
 
 
-class Host:
+class Node:
     """A node: its own network namespace, a bridge, one container on it, and a client on its wire."""
 
     def __init__(self, name: str) -> None:
         self.namespace = lab.Namespace(name)
-        self.client, self.container = lab.Namespace(f"{name}-client"), lab.Namespace(f"{name}-web")
-        ip = self.namespace.ip
-        ip("link", "add", "cni0", "type", "bridge", "forward_delay", 0)
-        for device, other in ("to-client", self.client), ("to-web", self.container):
-            ip("link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", other.name)
-        ip("link", "set", "to-web", "master", "cni0")
-        ip("address", "add", "192.0.2.1/24", "dev", "to-client")
-        ip("address", "add", "10.88.0.1/16", "dev", "cni0")
-        ip("address", "add", "fd88::1/64", "dev", "cni0", "nodad")
-        for device in "to-client", "to-web", "cni0":
-            ip("link", "set", device, "up")
-        for other, address, gateway in ((self.client, "192.0.2.2/24", "192.0.2.1"),
-                                        (self.container, "10.88.0.2/16", "10.88.0.1")):
-            other.ip("address", "add", address, "dev", "eth0")
-            other.ip("link", "set", "eth0", "up")
-            other.ip("route", "add", "default", "via", gateway)
         with self.namespace:
+            self.client = lab.wire(f"{name}-client", ("192.0.2.1/24",), ("192.0.2.2/24",), "to-client")
+            lab.add_bridge("cni0")
+            lab.bring_up("cni0", "10.88.0.1/16", "fd88::1/64")
+            self.container = lab.Namespace(f"{name}-web")
+            lab.add_veth("to-web", "eth0", self.container.path)
+            lab.enslave("to-web", "cni0")
+            lab.bring_up("to-web")
+            with self.container:
+                lab.bring_up("eth0", "10.88.0.2/16")
+                lab.add_route("default", "10.88.0.1")
             lab.sysctl("net.ipv4.ip_forward", 1)
             lab.sysctl("net.ipv6.conf.all.forwarding", 1)
-            # Conntrack stays on between calls, as on a node that has any other rule for it.
-            lab.run("nft", "-f", "-", input="table inet keep { chain conntrack { type filter hook forward priority 0;\n"
-                                            "ct state new counter; }; }")
+            lab.keep_conntrack()  # on a node there is always some other rule for it
             lab.sysctl("net.netfilter.nf_conntrack_udp_timeout", 3600)
             connect(FLOWS)
 
@@ -246,19 +235,19 @@ def connect(count: int) -> None:
             source.sendto(b"", (f"127.{1 + i // 62500}.{i // 250 % 250}.{i % 250 + 1}", 9))
 
 
-class Hosts:
+class Nodes:
     """A node for each subject and number of containers, made when it is first asked for."""
 
     def __init__(self) -> None:
-        self._hosts: dict[tuple[str, int], Host] = {}
+        self._nodes: dict[tuple[str, int], Node] = {}
         lab.Namespace("measured")
 
-    def of(self, subject: Subject | None, containers: int) -> Host:
+    def of(self, subject: Subject | None, containers: int) -> Node:
         """`None`: a node that publishes nothing, by nobody."""
         key = subject.name if subject else "", containers
-        if key not in self._hosts:
-            host = self._hosts[key] = Host(f"host{len(self._hosts)}")
+        if key not in self._nodes:
+            node = self._nodes[key] = Node(f"node{len(self._nodes)}")
             if subject:
-                with host.namespace:
+                with node.namespace:
                     populate(subject, crowd(containers))
-        return self._hosts[key]
+        return self._nodes[key]

@@ -1,29 +1,25 @@
-"""What the tests of trust share: a host for each test, containers as a runtime describes them, calls that run at
-once, fail or die, and what the kernel holds afterwards, read with nft."""
+"""Calls of the plugin, as a runtime makes them: at once, in forks, killed; and the host where they are made."""
 import contextlib
-import ctypes
+import fcntl
 import json
 import os
 import pathlib
-import signal
+import re
 import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import lab
-import pytest
+from .faults import kill_at, trace_me
+from .namespaces import ensure_namespace
+from .processes import until
 
-sys.path[:0] = [str(lab.ROOT), "/usr/lib/python3/dist-packages"]
-import nftables  # noqa: E402
-from cni_portmap import cni, plugin, ruleset  # noqa: E402
-from cni_portmap.linux import alive, conntrack, expressions, kernel, libnftables, netlink  # noqa: E402, F401
-from cni_portmap.verbs import add, check, delete, flows, gc, status as _status  # noqa: E402, F401  # so that forks have them
+from cni_portmap import cni, plugin, ruleset
+from cni_portmap.linux import alive, conntrack, expressions, kernel, libnftables, netlink  # noqa: F401  # so that forks
+from cni_portmap.verbs import add, check, delete, flows, gc  # noqa: F401  # have them
+from cni_portmap.verbs import status as _status  # noqa: F401
 
-LOCK = pathlib.Path(kernel.LOCK)
-TABLE = ruleset.TABLE
+LOCK = pathlib.Path("/run/cni-portmap.lock")
 
 
 # --- what a runtime says --------------------------------------------------------------------------------------
@@ -56,7 +52,7 @@ class Pod:
 
     def environ(self, verb: str) -> dict[str, str]:
         if verb == "ADD" and not self.gone:
-            make_namespace(self.netns)
+            ensure_namespace(self.netns)
         return {"CNI_COMMAND": verb, "CNI_CONTAINERID": self.id, "CNI_NETNS": self.netns, "CNI_IFNAME": self.ifname,
                 "CNI_PATH": "/nowhere", "CNI_ARGS": self.args}
 
@@ -74,17 +70,7 @@ class Pod:
         return other
 
 
-_making = threading.Lock()
-
-
-def make_namespace(path: str) -> None:
-    """A network namespace where a path under /run/netns says so, if there is nothing."""
-    with _making:
-        if path.startswith("/run/netns/") and not os.path.lexists(path):
-            lab.run("ip", "netns", "add", path.rpartition("/")[2])
-
-
-class Collection:
+class GcCall:
     """A GC call: who is `valid` in a network."""
 
     netns = ifname = id = ""
@@ -130,7 +116,7 @@ def answer(status: int, stdout: str, stderr: str) -> Answer:
 class Call:
     """A call of the executable, under way. `wrapped`: a command line that runs it, such as strace's."""
 
-    def __init__(self, executable: object, verb: str, what: "Pod | Collection", wrapped: tuple[object, ...] = (),
+    def __init__(self, executable: object, verb: str, what: "Pod | GcCall", wrapped: tuple[object, ...] = (),
                  **options: Any) -> None:
         with tempfile.TemporaryFile() as stdin:
             stdin.write(what.stdin(verb).encode())
@@ -159,11 +145,11 @@ class Fork:
         if not self.pid:
             try:
                 os.dup2(self._stderr.fileno(), 2)
-                add.STRANGER_SECONDS, add.PREDECESSOR_SECONDS = 0.2, 1  # thousands of calls are refused
+                add.STRANGER_SECONDS = 0.2  # type: ignore[assignment]  # thousands of calls are refused
+                add.PREDECESSOR_SECONDS = 1
                 prepare()
                 if self.traced:
-                    _libc.ptrace(PTRACE_TRACEME, 0, None, None)
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                    trace_me()
                 os.write(write, json.dumps(task()).encode())
                 for each in plugin._in_use:
                     each.leave()
@@ -172,7 +158,7 @@ class Fork:
             finally:
                 os._exit(0)
         os.close(write)
-        self.killed = self.traced and _stop_at(self.pid, stop_at)
+        self.killed = self.traced and kill_at(self.pid, stop_at)
         if self.killed:
             os.close(self._read)
 
@@ -186,43 +172,18 @@ class Fork:
         with self._stderr:
             stderr = self._stderr.read()
         assert data, f"no answer; status {ended:#x}; {stderr}"
-        return answer(*json.loads(data), stderr)
+        status, stdout = json.loads(data)
+        return answer(status, stdout, stderr)
 
 
-def call(verb: str, what: "Pod | Collection", **options: Any) -> Fork:
-    """A call of the plugin in a fork: its own code without the interpreter's start (40 ms)."""
+def start_fork(verb: str, what: "Pod | GcCall", **options: Any) -> Fork:
+    """A call of the plugin in a fork, under way: its own code without the interpreter's start (40 ms)."""
     return Fork(lambda: cni.respond(plugin.HANDLERS, what.environ(verb), lambda: what.stdin(verb).encode()), **options)
 
 
-# ptrace(2), which has no module. Only what is the same on every architecture.
-PTRACE_TRACEME, PTRACE_SYSCALL, PTRACE_SETOPTIONS = 0, 24, 0x4200
-PTRACE_O_TRACESYSGOOD, PTRACE_O_EXITKILL = 1, 0x100000
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
-
-
-def _stop_at(pid: int, number: int) -> bool:
-    """Let a traced process run to the beginning of its system call `number`, then kill it; False if it ended before.
-
-    Between two system calls a process changes nothing outside of itself, so these are all the instants there are.
-    """
-    os.waitpid(pid, 0)
-    _libc.ptrace(PTRACE_SETOPTIONS, pid, None, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)
-    stops = 2 * number + 1  # each call stops at its beginning and at its end
-    pending = 0
-    while True:
-        _libc.ptrace(PTRACE_SYSCALL, pid, None, pending)
-        _, status = os.waitpid(pid, 0)
-        if not os.WIFSTOPPED(status):
-            return False
-        pending = os.WSTOPSIG(status)
-        if pending == signal.SIGTRAP | 0x80:
-            pending = 0
-            stops -= 1
-            if not stops:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return True
+def fork(verb: str, what: "Pod | GcCall", **options: Any) -> Answer:
+    """The answer to a call in a fork."""
+    return start_fork(verb, what, **options).answer()
 
 
 # --- a host ---------------------------------------------------------------------------------------------------
@@ -231,9 +192,9 @@ class Host:
     """A host of its own with the plugin installed: calls, and what the kernel holds."""
 
     def __init__(self, executable: pathlib.Path) -> None:
-        self.executable = executable
+        self.executable, self.cli = executable, executable.parent.parent / "sbin/cni-portmap"
 
-    def call(self, verb: str, what: "Pod | Collection", *wrapped: object, **options: Any) -> Answer:
+    def call(self, verb: str, what: "Pod | GcCall", *wrapped: object, **options: Any) -> Answer:
         return Call(self.executable, verb, what, wrapped, **options).answer()
 
     def add(self, *pods: Pod) -> None:
@@ -241,6 +202,13 @@ class Host:
         for pod in pods:
             reply = self.call("ADD", pod)
             assert not reply.code, reply
+
+    def command(self, *arguments: object, status: int = 0, within: tuple[object, ...] = ()) -> str:
+        """What cni-portmap prints, run by the command line `within`; it must end with `status`."""
+        words = [*within, self.cli, *arguments]
+        done = subprocess.run([str(word) for word in words], text=True, capture_output=True, check=False)
+        assert done.returncode == status and "Traceback" not in done.stderr, done
+        return done.stdout
 
     def add_for_nobody(self, *pods: Pod) -> None:
         """ADD that must succeed, and records a namespace whose number none ever has.
@@ -260,92 +228,32 @@ class Host:
             assert not reply.code, reply
 
 
-def conntrack_on() -> None:
-    """Keep conntrack on, in a table of the lab's: see lab.enter."""
-    lab.run("nft", "-f", "-", input="table inet lab { chain keep_conntrack { type filter hook forward priority 0; "
-                                    "ct state new counter; }; }")
-
+# --- the lock -------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def fresh_host() -> Iterator[None]:
-    """This thread is in a host of its own, until the end of the block; namespaces that the block made are removed."""
-    namespaces = pathlib.Path("/run/netns")
-    before = {*namespaces.glob("*")}
-    os.chmod("/run", 0o755)  # root's alone, as it is everywhere
-    with lab.Namespace("trust-host"):
-        lab.sysctl("net.ipv4.ip_forward", 1)
-        lab.sysctl("net.ipv6.conf.all.forwarding", 1)
-        conntrack_on()
-        yield
-    for path in {*namespaces.glob("*")} - before:
-        lab.run("umount", path, check=False)
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    LOCK.unlink(missing_ok=True)
+def held_lock() -> Iterator[int]:
+    """The plugin's lock is held by this process; its file descriptor."""
+    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally:
+        os.close(fd)
 
 
-@pytest.fixture(name="host")
-def host_fixture(bin_dir: pathlib.Path) -> Iterator[Host]:
-    """A host of its own for a test, so that whatever the test breaks ends with it."""
-    with fresh_host():
-        yield Host(bin_dir / "portmap")
+def lock_is_free() -> bool:
+    """Whether nobody holds the plugin's lock."""
+    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
 
 
-def fork(verb: str, what: "Pod | Collection", **options: Any) -> Answer:
-    """The answer to a call in a fork."""
-    return call(verb, what, **options).answer()
-
-
-# --- what the kernel holds ------------------------------------------------------------------------------------
-
-def nft(*lines: str) -> None:
-    """Run nft commands, as one transaction, in the name of somebody else."""
-    lab.run("nft", "-f", "-", input="\n".join(lines) + "\n")
-
-
-def listing(what: str = f"table {TABLE}") -> list[dict[str, Any]]:
-    """`nft -j list`, without handles and counters' values; [] where there is no such thing."""
-    context = nftables.Nftables()  # not kept: it belongs to the namespace in which it was made
-    context.set_json_output(True)
-    context.set_stateless_output(True)
-    code, output, error = context.cmd(f"list {what}")
-    assert not code or "No such file" in error, error
-    if code or not output:
-        return []
-    objects: list[dict[str, Any]] = json.loads(output)["nftables"]
-    return [entry for entry in map(_without_handles, objects) if "metainfo" not in entry]
-
-
-def _without_handles(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_handles(item) for key, item in value.items() if key != "handle"}
-    return [_without_handles(item) for item in value] if isinstance(value, list) else value
-
-
-def state() -> list[str]:
-    """All that the table holds, a line each, sorted but for the rules of a chain; [] for no table."""
-    lines: list[tuple[str, str]] = []
-    for entry in listing():
-        (kind, thing), = entry.items()
-        for element in thing.pop("elem", ()):
-            line = f"element of {thing['name']}: {json.dumps(element)}"
-            lines.append((line, line))
-        line = f"{kind}: {json.dumps(thing)}"
-        lines.append((f"rule of {thing['chain']}" if kind == "rule" else line, line))
-    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
-
-
-def elements(entries: list[dict[str, Any]] | None = None) -> dict[tuple[str, ...], str]:
-    """Which chain each map element leads to: (family or address, protocol, port) -> chain."""
-    return {tuple(map(str, key["concat"])): (verdict.get("goto") or {"target": str(verdict)})["target"]
-            for entry in entries or listing() for key, verdict in entry.get("map", {}).get("elem", ())}
-
-
-def generation() -> int:
-    """How many transactions nf_tables has committed here."""
-    reply, = netlink.Socket(netlink.NETLINK_NETFILTER).ask(10 << 8 | 16, bytes(4))  # NFT_MSG_GETGEN
-    return int.from_bytes(dict(netlink.attributes(reply, 4))[1], "big")  # NFTA_GEN_ID
-
-
-def chains() -> list[str]:
-    """The attachments' chains."""
-    return sorted(name for entry in listing() if (name := entry.get("chain", {}).get("name", "")).startswith("c/"))
+def wait_until_blocked(pid: int) -> None:
+    """Return when a process waits for the lock."""
+    assert until(lambda: re.search(rf"-> FLOCK .* {pid} ", pathlib.Path("/proc/locks").read_text())), \
+        f"process {pid} does not wait for the lock"

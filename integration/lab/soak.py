@@ -1,29 +1,21 @@
-#!/usr/bin/python3
-"""Thousands of containers come and go; then the host is compared with what it was. As root.
-
-    integration/soak.py [--cycles 10000] [--executable]
-
-A cycle is ADD, sometimes ADD again or CHECK, and DEL of a container with two addresses and three ports, in a fork of
-this process or, with --executable, as runtimes do it. It prints what grew, and how long a cycle took.
-"""
-import argparse
+"""Containers that come and go by the thousand; then the host is compared with what it was."""
 import os
 import pathlib
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 
-import harness
-import lab
+from .calls import Host, Pod, fork
+from .namespaces import wire
+from .processes import run
+from .tables import state
 
 CONTAINERS = 10
 
 
 def traces() -> dict[str, list[str]]:
-    """All that calls could leave behind on this host."""
+    """All that calls could leave behind on this host; links, routes and rules as `ip` prints them, to be compared."""
     def lines(*command: object) -> list[str]:
-        return lab.run(*command).splitlines()
+        return run(*command).splitlines()
 
     def rows(path: str) -> list[str]:
         return pathlib.Path(path).read_text().splitlines()[1:]
@@ -35,7 +27,7 @@ def traces() -> dict[str, list[str]]:
     while netlink_sockets() and time.monotonic() < deadline:
         time.sleep(0.005)  # see kernel.leave
     return {
-        "table": harness.state(),
+        "table": state(),
         "other tables": sorted(set(lines("nft", "list", "tables"))),
         "sysctls": _sysctls(),
         "routes": sorted(line for family in ("-4", "-6")
@@ -65,18 +57,18 @@ def _sysctls() -> list[str]:
 def soak(executable: pathlib.Path, cycles: int, as_process: bool = False,
          progress: Callable[[int], None] = lambda _: None) -> dict[str, tuple[set[str], set[str]]]:
     """Run the cycles: what came and what went in the meantime, by kind; nothing, if all is well."""
-    host = harness.Host(executable)
+    host = Host(executable)
     for i in range(CONTAINERS):
-        lab.wire(f"soak{i}", (f"10.30.{i}.1/24", f"fd30:{i}::1/64"), (f"10.30.{i}.2/24", f"fd30:{i}::2/64"))
+        wire(f"soak{i}", (f"10.30.{i}.1/24", f"fd30:{i}::1/64"), (f"10.30.{i}.2/24", f"fd30:{i}::2/64"))
 
-    def call(verb: str, pod: harness.Pod) -> None:
-        reply = host.call(verb, pod) if as_process else harness.fork(verb, pod)
+    def call(verb: str, pod: Pod) -> None:
+        reply = host.call(verb, pod) if as_process else fork(verb, pod)
         assert not reply.code, reply
 
     before: dict[str, list[str]] = {}
     for cycle in range(-CONTAINERS, cycles):
         i, port = cycle % CONTAINERS, 1024 + cycle % 60000
-        pod = harness.Pod(f"cycle{cycle}", f"{port}:80", f"192.0.2.1:{port}:53/udp", f"127.0.0.1:{port}:81/sctp",
+        pod = Pod(f"cycle{cycle}", f"{port}:80", f"192.0.2.1:{port}:53/udp", f"127.0.0.1:{port}:81/sctp",
                           ips=(f"10.30.{i}.2/24", f"fd30:{i}::2/64"), netns=f"/run/netns/soak{i}")
         call("ADD", pod)
         if cycle % 10 == 3:
@@ -91,30 +83,3 @@ def soak(executable: pathlib.Path, cycles: int, as_process: bool = False,
     after = traces()
     return {kind: ({*after[kind]} - {*before[kind]}, {*before[kind]} - {*after[kind]}) for kind in before
             if before[kind] != after[kind]}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=10000)
-    parser.add_argument("--executable", action="store_true")
-    options = parser.parse_args()
-    lab.enter()
-    begin = last = time.monotonic()
-
-    def progress(cycle: int) -> None:
-        nonlocal last
-        print(f"{cycle} cycles, the last 1000 took {time.monotonic() - last:.1f} ms each", flush=True)
-        last = time.monotonic()
-
-    with tempfile.TemporaryDirectory() as folder, harness.fresh_host():
-        changed = soak(lab.install(pathlib.Path(folder, "bin")) / "portmap", options.cycles, options.executable,
-                       progress)
-    for kind, (came, went) in changed.items():
-        print(f"{kind}: {len(came)} came, {len(went)} went", *sorted(came)[:5], *sorted(went)[:5], sep="\n  ")
-    verdict = "SOMETHING CHANGED" if changed else "nothing grew"
-    print(f"{options.cycles} cycles in {time.monotonic() - begin:.0f} s: {verdict}")
-    return 1 if changed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

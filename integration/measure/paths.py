@@ -1,8 +1,8 @@
 #!/usr/bin/python3
-"""Measure the paths of paths.py with this plugin and with others: the table of docs/paths.md. As root.
+"""Measure the paths of lab/paths.py with this plugin and with others: the table of docs/paths.md. As root.
 
-    integration/compare.py --plugin 'portmap 1.1.1, iptables' /usr/lib/cni/portmap iptables \\
-                           --plugin 'portmap 1.9.1, nftables' /tmp/new/usr/lib/cni/portmap nftables
+    integration/measure/paths.py --plugin 'portmap 1.1.1, iptables' /usr/lib/cni/portmap iptables \\
+                                 --plugin 'portmap 1.9.1, nftables' /tmp/new/usr/lib/cni/portmap nftables
 
 Debian's package containernetworking-plugins has the reference plugin: 1.1.1 in bookworm and trixie, with an iptables
 backend only, 1.9.1 in forky, with both; `apt-get download` and `dpkg -x` unpack it beside the installed one. It needs
@@ -13,11 +13,14 @@ import concurrent.futures
 import multiprocessing
 import pathlib
 import re
+import sys
 import tempfile
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import lab
-import paths
+from lab import paths
+from lab.site import Site
 
 Case = tuple[paths.Path, paths.Setting, int, str]  # with the family and the protocol
 FAILED = "ADD fails"
@@ -36,7 +39,7 @@ def measure(executable: str, config: dict[str, Any]) -> dict[Case, str]:
             cases = [(path, setting, family, protocol) for path in paths.PATHS for family in (4, 6)
                      for protocol in ("tcp", "udp") if paths.exists(path, setting, family)]
             try:
-                with paths.Site(setting, bin_dir, **config) as site:
+                with Site(setting, bin_dir, **config) as site:
                     for case in cases:
                         seen[case] = site.try_path(case[0], case[2], case[3], 0.4)
             except lab.CniFailed:

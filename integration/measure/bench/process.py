@@ -11,7 +11,7 @@ from cni_portmap.linux import alive
 
 from . import subjects
 from .results import Key, Results, Sample, interleave
-from .subjects import Call, Hosts, Published, Subject
+from .subjects import Nodes, Published, Subject, TimedCall
 
 NONE = Published("measured", "10.88.255.2", ())
 ONE = subjects.shifted(1)
@@ -22,13 +22,13 @@ AT_ONCE = 50
 FLOWS = 100_000
 
 
-def life(subject: Subject, hosts: Hosts, what: str, container: Published, size: int = 0) -> Callable[[], Sample]:
+def life(subject: Subject, nodes: Nodes, what: str, container: Published, size: int = 0) -> Callable[[], Sample]:
     """A container's ADD, CHECK and DEL on a node with `size` others."""
-    host = hosts.of(subject, size)
-    calls = [(verb, Call.of(subject, verb, container)) for verb in subject.verbs]
+    node = nodes.of(subject, size)
+    calls = [(verb, TimedCall.of(subject, verb, container)) for verb in subject.verbs]
 
     def sample() -> Iterator[tuple[Key, float]]:
-        with host.namespace:
+        with node.namespace:
             slow = False
             for verb, call in calls:
                 if not (slow and verb == "CHECK"):
@@ -39,21 +39,21 @@ def life(subject: Subject, hosts: Hosts, what: str, container: Published, size: 
     return sample
 
 
-def single(subject: Subject, hosts: Hosts, verb: str) -> Callable[[], Sample]:
-    call, host = Call.of(subject, verb, NONE, "1.1.0" if verb == "STATUS" else "1.0.0"), hosts.of(subject, 0)
+def single(subject: Subject, nodes: Nodes, verb: str) -> Callable[[], Sample]:
+    call, node = TimedCall.of(subject, verb, NONE, "1.1.0" if verb == "STATUS" else "1.0.0"), nodes.of(subject, 0)
 
     def sample() -> Iterator[tuple[Key, float]]:
-        with host.namespace:
+        with node.namespace:
             yield Key(verb, "", 0, subject.name), call.run()[0]
     return sample
 
 
 def floor() -> Sample:
     """What the interpreter takes before any of our lines."""
-    yield Key(FLOOR, "", 0, ""), Call(["/usr/bin/python3", "-IS", "-c", "pass"]).run()[0]
+    yield Key(FLOOR, "", 0, ""), TimedCall(["/usr/bin/python3", "-IS", "-c", "pass"]).run()[0]
 
 
-def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tuple[int, ...], ports: tuple[int, ...],
+def measure(everybody: list[Subject], nodes: Nodes, results: Results, sizes: tuple[int, ...], ports: tuple[int, ...],
             rounds: int, seconds: float) -> None:
     cells: list[Callable[[], Sample]] = []  # no two of a subject in a row: an ADD waits for what a DEL leaves behind
 
@@ -61,7 +61,7 @@ def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tup
     quick = [subject for subject in modern if subject.backend != "iptables"]  # that one takes a minute for 1,000 ports
 
     def lives(of: list[Subject], what: str, container: Published, size: int = 0) -> None:
-        cells.extend(life(subject, hosts, what, container, size) for subject in of)
+        cells.extend(life(subject, nodes, what, container, size) for subject in of)
 
     for subject in everybody:
         cells.append(floor)
@@ -76,22 +76,22 @@ def measure(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tup
         lives(modern, f"{count:,} identity ports", subjects.identity(count))
         lives(quick if count > 100 else modern, f"{count:,} shifted ports", subjects.shifted(count))
     lives(quick, f"{ports[-1]:,} identity ports, UDP", subjects.identity(ports[-1], "udp"))
-    cells.extend(single(subject, hosts, "VERSION") for subject in everybody)
-    cells.extend(single(subject, hosts, "STATUS") for subject in modern)
+    cells.extend(single(subject, nodes, "VERSION") for subject in everybody)
+    cells.extend(single(subject, nodes, "STATUS") for subject in modern)
     interleave("process", cells, results, rounds, seconds)
 
 
-def at_once(everybody: list[Subject], hosts: Hosts, results: Results, rounds: int) -> None:
+def at_once(everybody: list[Subject], nodes: Nodes, results: Results, rounds: int) -> None:
     """Many containers that start, and later end, at the same time."""
     containers = [Published(f"burst{i}", f"10.88.254.{i + 2}", ((31000 + i, 80),)) for i in range(AT_ONCE)]
 
     def burst(subject: Subject) -> Callable[[], Sample]:
-        host = hosts.of(subject, 0)
-        calls = {verb: [Call.of(subject, verb, each) for each in containers] for verb in ("ADD", "DEL")}
+        node = nodes.of(subject, 0)
+        calls = {verb: [TimedCall.of(subject, verb, each) for each in containers] for verb in ("ADD", "DEL")}
 
         def sample() -> Iterator[tuple[Key, float]]:
             for verb in "ADD", "DEL":
-                with host.namespace, pathlib.Path("/dev/null").open("w") as nowhere:
+                with node.namespace, pathlib.Path("/dev/null").open("w") as nowhere:
                     start = time.perf_counter()
                     pids = [call.start(nowhere.fileno()) for call in calls[verb]]
                     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
@@ -103,21 +103,21 @@ def at_once(everybody: list[Subject], hosts: Hosts, results: Results, rounds: in
     interleave("at once", [burst(subject) for subject in everybody], results, rounds, 60)
 
 
-def conntrack(everybody: list[Subject], hosts: Hosts, results: Results, rounds: int) -> None:
+def conntrack(everybody: list[Subject], nodes: Nodes, results: Results, rounds: int) -> None:
     """One UDP port on a node with many connections. Conntrack is one table for the whole machine: one node for all."""
-    host = hosts.of(None, 1)
+    node = nodes.of(None, 1)
     limit = int(pathlib.Path("/proc/sys/net/netfilter/nf_conntrack_max").read_text())
     flows = min(FLOWS, limit * 3 // 4)
-    with host.namespace:
+    with node.namespace:
         subjects.connect(flows)
         there = int(pathlib.Path("/proc/sys/net/netfilter/nf_conntrack_count").read_text())
         assert there >= flows, f"only {there} connections of {flows}"
 
     def one(subject: Subject) -> Callable[[], Sample]:
-        calls = [(verb, Call.of(subject, verb, ONE._replace(protocol="udp"))) for verb in ("ADD", "DEL")]
+        calls = [(verb, TimedCall.of(subject, verb, ONE._replace(protocol="udp"))) for verb in ("ADD", "DEL")]
 
         def sample() -> Iterator[tuple[Key, float]]:
-            with host.namespace:
+            with node.namespace:
                 for verb, call in calls:
                     yield Key(verb, f"1 UDP port, {flows:,} connections", 0, subject.name), call.run()[0]
         return sample
@@ -153,7 +153,7 @@ exit $status
 """
 
 
-def memory(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tuple[int, ...], ports: int) -> None:
+def memory(everybody: list[Subject], nodes: Nodes, results: Results, sizes: tuple[int, ...], ports: int) -> None:
     """Peak resident memory: the plugin's process and the largest child that ran beside it."""
     shims, peaks = pathlib.Path("/run/bench-shims"), pathlib.Path("/run/bench-peaks")
     shims.mkdir()
@@ -168,10 +168,10 @@ def memory(everybody: list[Subject], hosts: Hosts, results: Results, sizes: tupl
         for subject in everybody:
             if subject.root != "/" or subject.backend == "iptables" and len(container.ports) > 100:
                 continue
-            with hosts.of(subject, size).namespace:
+            with nodes.of(subject, size).namespace:
                 for verb in subject.verbs * 3:
                     peaks.write_text("")
-                    call = Call.of(subject, verb, container)
+                    call = TimedCall.of(subject, verb, container)
                     call.wrapped("/usr/bin/time", "-q", "-f", "=%M", "-a", "-o", str(peaks), **environ).run()
                     results.take([(Key(f"{verb}, peak memory", what, size, subject.name, "MiB"),
                                    _peak(peaks.read_text()) / 1024)])
@@ -184,21 +184,21 @@ def _peak(text: str) -> int:
     return max(int(last[1:]), *(int(child) + int(parent[1:]) for child, parent in pairs), 0)
 
 
-def instructions(everybody: list[Subject], hosts: Hosts, results: Results) -> None:
+def instructions(everybody: list[Subject], nodes: Nodes, results: Results) -> None:
     """Millions of instructions of a call and its children: counted by the processor, or else by valgrind."""
-    by_processor = _by_perf(Call(["/bin/true"])) > 0
+    by_processor = _by_perf(TimedCall(["/bin/true"])) > 0
     for subject in everybody:
         if subject.root != "/" or subject.backend == "iptables" and not by_processor:
             continue  # valgrind takes half a minute with iptables
         for what, container in ("no ports", NONE), ("1 TCP port", ONE):
-            with hosts.of(subject, 0).namespace:
+            with nodes.of(subject, 0).namespace:
                 for verb in subject.verbs:
-                    call = Call.of(subject, verb, container)
+                    call = TimedCall.of(subject, verb, container)
                     count = _by_perf(call) if by_processor else _by_valgrind(call)
                     results.take([(Key(f"{verb}, instructions", what, 0, subject.name, "million"), count / 1e6)])
 
 
-def _by_perf(call: Call) -> int:
+def _by_perf(call: TimedCall) -> int:
     """Instructions of a call; 0 where there is no perf, or the (virtual) processor does not count for us."""
     perf, output = shutil.which("perf"), pathlib.Path("/run/bench-perf")
     if not perf:
@@ -207,7 +207,7 @@ def _by_perf(call: Call) -> int:
     return sum(int(line.partition(",")[0]) for line in output.read_text().splitlines() if line[:1].isdigit())
 
 
-def _by_valgrind(call: Call) -> int:
+def _by_valgrind(call: TimedCall) -> int:
     logs = pathlib.Path("/run/bench-valgrind")
     logs.mkdir(exist_ok=True)
     call.wrapped("/usr/bin/valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null",

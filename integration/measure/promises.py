@@ -1,11 +1,11 @@
 #!/usr/bin/python3
 """Run this plugin and others through the same scenarios: the table of docs/promises.md. As root.
 
-    integration/compare_trust.py --plugin 'portmap 1.9.1' /tmp/new/usr/lib/cni/portmap
+    integration/measure/promises.py --plugin 'portmap 1.9.1' /tmp/new/usr/lib/cni/portmap
 
 Each scenario has a host of its own with a client in its LAN, and containers that say their names. What breaks the
 promise is bold. Others run with their backend nftables, whose chains can be damaged as ours. Where to get them: see
-compare.py.
+paths.py.
 """
 import argparse
 import contextlib
@@ -13,20 +13,21 @@ import json
 import pathlib
 import random
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import harness
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import lab
-from compare import replace_table
-from harness import Answer, Call, Pod
-from test_concurrency import foreign_changes
+from lab import Answer, Call, GcCall, Pod
+from lab.libcni_cache import Cache
+from measure.paths import replace_table
 
 ERROR = Answer(99, "", "", "", "")
 
 
-class Site:
+class Stage:
     """A host with a plugin, a client in its LAN, and containers with a server on port 80 each."""
 
     def __init__(self, executable: pathlib.Path, config: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ class Site:
         """A container ends and nobody calls DEL."""
         self.namespaces.pop(name).remove()
 
-    def call(self, verb: str, what: "Pod | harness.Collection") -> Answer:
+    def call(self, verb: str, what: "Pod | GcCall") -> Answer:
         return _answer(Call(self.executable, verb, what))
 
     def at_once(self, verb: str, pods: list[Pod]) -> list[Answer]:
@@ -62,11 +63,11 @@ class Site:
     def rules(self) -> str:
         """All rules, but the lab's own."""
         text = lab.run("nft", "-s", "list", "ruleset")
-        return "\n".join(sorted(line for line in text.splitlines() if "elements" not in line)) + str(harness.elements())
+        return "\n".join(sorted(line for line in text.splitlines() if "elements" not in line)) + str(lab.elements())
 
 
 def _answer(call: Call) -> Answer:
-    """As harness.answer, but whatever others print is only an error."""
+    """As `lab.answer`, but whatever others print is only an error."""
     stdout, stderr = call.process.communicate(timeout=120)
     if not call.process.returncode:
         return Answer(0, "", "", stdout, stderr)
@@ -82,179 +83,179 @@ def bad(text: str) -> str:
 
 # --- scenarios: each returns what happened --------------------------------------------------------------------
 
-def second_claim(site: Site) -> str:
-    site.call("ADD", site.pod("first", "8080:80", slot=1))
-    reply = site.call("ADD", site.pod("second", "8080:80", slot=2))
+def second_claim(stage: Stage) -> str:
+    stage.call("ADD", stage.pod("first", "8080:80", slot=1))
+    reply = stage.call("ADD", stage.pod("second", "8080:80", slot=2))
     if reply.code:
         return "refused; the owner is named" if "first" in reply.msg else "refused"
-    return bad(f"accepted; {site.who(8080)} answers")
+    return bad(f"accepted; {stage.who(8080)} answers")
 
 
-def overlapping_claim(site: Site) -> str:
-    site.call("ADD", site.pod("first", "8080:80", slot=1))
-    reply = site.call("ADD", site.pod("second", "192.0.2.1:8080:80", slot=2))
-    return "refused" if reply.code else bad(f"accepted; {site.who(8080)} answers")
+def overlapping_claim(stage: Stage) -> str:
+    stage.call("ADD", stage.pod("first", "8080:80", slot=1))
+    reply = stage.call("ADD", stage.pod("second", "192.0.2.1:8080:80", slot=2))
+    return "refused" if reply.code else bad(f"accepted; {stage.who(8080)} answers")
 
 
-def dead_owner(site: Site) -> str:
-    site.call("ADD", site.pod("first", "8080:80", slot=1))
-    site.die("first")
-    site.call("ADD", site.pod("second", "8080:80", slot=2))
-    who = site.who(8080)
+def dead_owner(stage: Stage) -> str:
+    stage.call("ADD", stage.pod("first", "8080:80", slot=1))
+    stage.die("first")
+    stage.call("ADD", stage.pod("second", "8080:80", slot=2))
+    who = stage.who(8080)
     return "it answers" if who == "second" else bad(f"{who} answers")
 
 
-def late_end(site: Site) -> str:
-    old = site.pod("first", "8080:80", slot=1)
-    site.call("ADD", old)
-    site.die("first")
-    site.call("ADD", site.pod("second", "8080:80", slot=1))  # with the dead one's address
-    site.call("DEL", old)
-    who = site.who(8080)
+def late_end(stage: Stage) -> str:
+    old = stage.pod("first", "8080:80", slot=1)
+    stage.call("ADD", old)
+    stage.die("first")
+    stage.call("ADD", stage.pod("second", "8080:80", slot=1))  # with the dead one's address
+    stage.call("DEL", old)
+    who = stage.who(8080)
     return "it answers" if who == "second" else bad(f"{who} answers")
 
 
-def separate_attachments(site: Site) -> str:
-    one = site.pod("web", "8080:80", slot=1)
-    two = site.pod("web", "9090:80", slot=1, ifname="net1", network="other")
-    site.call("ADD", one)
-    site.call("ADD", two)
-    site.call("DEL", one)
-    return "it stays" if site.who(9090) == "web" else bad("it goes too")
+def separate_attachments(stage: Stage) -> str:
+    one = stage.pod("web", "8080:80", slot=1)
+    two = stage.pod("web", "9090:80", slot=1, ifname="net1", network="other")
+    stage.call("ADD", one)
+    stage.call("ADD", two)
+    stage.call("DEL", one)
+    return "it stays" if stage.who(9090) == "web" else bad("it goes too")
 
 
-def add_again(site: Site) -> str:
-    web = site.pod("web", "8080:80", slot=1)
-    site.call("ADD", web)
-    once = site.rules()
+def add_again(stage: Stage) -> str:
+    web = stage.pod("web", "8080:80", slot=1)
+    stage.call("ADD", web)
+    once = stage.rules()
     for _ in range(3):
-        site.call("ADD", web)
-    more = len(site.rules().splitlines()) - len(once.splitlines())
+        stage.call("ADD", web)
+    more = len(stage.rules().splitlines()) - len(once.splitlines())
     return "nothing" if not more else bad(f"{more} rules more")
 
 
-def racers(site: Site) -> str:
-    replies = site.at_once("ADD", [site.pod(f"racer{i}", "8080:80") for i in range(12)])
+def racers(stage: Stage) -> str:
+    replies = stage.at_once("ADD", [stage.pod(f"racer{i}", "8080:80") for i in range(12)])
     winners = sum(not reply.code for reply in replies)
     return "one" if winners == 1 else bad(f"{winners} of 12")
 
 
-def two_hundred(site: Site) -> str:
-    pods = [site.pod(f"pod{i}", f"{10000 + i}:80") for i in range(200)]
-    site.call("ADD", site.pod("first", "1000:80"))
-    before = site.rules()
-    failed = [sum(bool(reply.code) for reply in site.at_once(verb, pods)) for verb in ("ADD", "DEL")]
-    same = "" if site.rules() == before else "; not what it was"
+def two_hundred(stage: Stage) -> str:
+    pods = [stage.pod(f"pod{i}", f"{10000 + i}:80") for i in range(200)]
+    stage.call("ADD", stage.pod("first", "1000:80"))
+    before = stage.rules()
+    failed = [sum(bool(reply.code) for reply in stage.at_once(verb, pods)) for verb in ("ADD", "DEL")]
+    same = "" if stage.rules() == before else "; not what it was"
     return "none" if not sum(failed) + len(same) else bad(f"{failed[0]} ADD, {failed[1]} DEL{same}")
 
 
-def busy_neighbour(site: Site) -> str:
-    with foreign_changes():
-        pods = [site.pod(f"pod{i}", f"{10000 + i}:80") for i in range(30)]
-        failed = [sum(bool(site.call(verb, pod).code) for pod in pods) for verb in ("ADD", "DEL")]
+def busy_neighbour(stage: Stage) -> str:
+    with lab.foreign_changes():
+        pods = [stage.pod(f"pod{i}", f"{10000 + i}:80") for i in range(30)]
+        failed = [sum(bool(stage.call(verb, pod).code) for pod in pods) for verb in ("ADD", "DEL")]
     return "none" if not sum(failed) else bad(f"{failed[0]} of 30 ADD, {failed[1]} of 30 DEL")
 
 
-def killed(site: Site) -> str:
-    site.call("ADD", site.pod("other", "9090:80"))
-    web = site.pod("web", "8080:80", "127.0.0.1:7070:80", "6060:60/udp")
+def killed(stage: Stage) -> str:
+    stage.call("ADD", stage.pod("other", "9090:80"))
+    web = stage.pod("web", "8080:80", "127.0.0.1:7070:80", "6060:60/udp")
     web.ips = "10.40.1.2/24", "fd40:1::2/64"
-    site.call("ADD", web)
-    site.call("DEL", web)  # what is shared may stay
-    without = site.rules()
-    site.call("ADD", web)
-    whole, halves, moments = site.rules(), 0, random.Random(1)
+    stage.call("ADD", web)
+    stage.call("DEL", web)  # what is shared may stay
+    without = stage.rules()
+    stage.call("ADD", web)
+    whole, halves, moments = stage.rules(), 0, random.Random(1)
     for verb in ("ADD", "DEL") * 50:
-        site.call("DEL", web)
-        site.call("ADD" if verb == "DEL" else "DEL", web)
-        call = Call(site.executable, verb, web)
+        stage.call("DEL", web)
+        stage.call("ADD" if verb == "DEL" else "DEL", web)
+        call = Call(stage.executable, verb, web)
         with contextlib.suppress(subprocess.TimeoutExpired):
             call.process.wait(moments.uniform(0.001, 0.06))
         call.process.kill()
         call.process.communicate()
-        halves += site.rules() not in (without, whole)
+        halves += stage.rules() not in (without, whole)
     return "never" if not halves else bad(f"{halves} of 100")
 
 
-def _table(site: Site) -> str:
+def _table(stage: Stage) -> str:
     """The table with the plugin's base."""
     tables = lab.run("nft", "list", "tables").splitlines()
     return next(line.partition(" ")[2] for line in tables if "cni_" in line or "nat" in line)
 
 
-def _check_after(site: Site, damage: Callable[[str], None]) -> str:
-    web = site.pod("web", "8080:80", slot=1)
-    site.call("ADD", web)
-    if site.call("CHECK", web).code:
+def _check_after(stage: Stage, damage: Callable[[str], None]) -> str:
+    web = stage.pod("web", "8080:80", slot=1)
+    stage.call("ADD", web)
+    if stage.call("CHECK", web).code:
         return bad("CHECK fails before")
-    damage(_table(site))
-    check = site.call("CHECK", web)
-    delete = site.call("DEL", site.pod("web"))
-    site.call("ADD", web)
+    damage(_table(stage))
+    check = stage.call("CHECK", web)
+    delete = stage.call("DEL", stage.pod("web"))
+    stage.call("ADD", web)
     wrong = [text for text, is_wrong in (("CHECK sees nothing", not check.code), ("DEL fails", bool(delete.code)),
-                                         ("ADD does not", site.who(8080) != "web")) if is_wrong]
+                                         ("ADD does not", stage.who(8080) != "web")) if is_wrong]
     return bad(", ".join(wrong)) if wrong else "yes"
 
 
-def flushed(site: Site) -> str:
-    return _check_after(site, lambda table: harness.nft("flush ruleset"))
+def flushed(stage: Stage) -> str:
+    return _check_after(stage, lambda table: lab.nft_script("flush ruleset"))
 
 
-def base_chain_flushed(site: Site) -> str:
-    return _check_after(site, lambda table: harness.nft(f"flush chain {table} prerouting"))
+def base_chain_flushed(stage: Stage) -> str:
+    return _check_after(stage, lambda table: lab.nft_script(f"flush chain {table} prerouting"))
 
 
-def base_chain_deleted(site: Site) -> str:
-    return _check_after(site, lambda table: harness.nft(f"flush chain {table} output", f"delete chain {table} output"))
+def base_chain_deleted(stage: Stage) -> str:
+    return _check_after(stage, lambda table: lab.nft_script(f"flush chain {table} output",
+                                                            f"delete chain {table} output"))
 
 
-def redirected(site: Site) -> str:
+def redirected(stage: Stage) -> str:
     def damage(table: str) -> None:
         text = lab.run("nft", "list", "table", *table.split())
-        harness.nft(f"flush table {table}", text.replace("10.40.1.2:80", "10.40.1.66:80"))
-    return _check_after(site, damage)
+        lab.nft_script(f"flush table {table}", text.replace("10.40.1.2:80", "10.40.1.66:80"))
+    return _check_after(stage, damage)
 
 
-def foreign_rule(site: Site) -> str:
-    site.call("ADD", site.pod("web", "8080:80", slot=1))
-    harness.nft(f"add rule {_table(site)} output tcp dport 1 counter comment \"somebody's\"")
-    site.call("ADD", site.pod("other", "9090:80", slot=2))
+def foreign_rule(stage: Stage) -> str:
+    stage.call("ADD", stage.pod("web", "8080:80", slot=1))
+    lab.nft_script(f"add rule {_table(stage)} output tcp dport 1 counter comment \"somebody's\"")
+    stage.call("ADD", stage.pod("other", "9090:80", slot=2))
     return "it stays" if "somebody's" in lab.run("nft", "list", "ruleset") else bad("it is deleted")
 
 
-def collected(site: Site) -> str:
-    site.call("ADD", site.pod("stale", "8080:80", slot=1))
-    site.call("ADD", site.pod("valid", "9090:80", slot=2))
-    collection = harness.Collection("net", site.pod("valid"))
-    reply = site.call("GC", collection)
-    left = site.who(8080), site.who(9090)
+def collected(stage: Stage) -> str:
+    stage.call("ADD", stage.pod("stale", "8080:80", slot=1))
+    stage.call("ADD", stage.pod("valid", "9090:80", slot=2))
+    collection = GcCall("net", stage.pod("valid"))
+    reply = stage.call("GC", collection)
+    left = stage.who(8080), stage.who(9090)
     return "yes" if not reply.code and left == ("nobody", "valid") else bad("no")
 
 
-def host_process(site: Site) -> str:
+def host_process(stage: Stage) -> str:
     server = lab.Server("host process", lab.HOST, 8080)
-    reply = site.call("ADD", site.pod("web", "8080:80", slot=1, hostPortInUse="refuse"))
+    reply = stage.call("ADD", stage.pod("web", "8080:80", slot=1, hostPortInUse="refuse"))
     server.close()
     return "refused" if reply.code else bad("accepted")
 
 
-def restored(site: Site) -> str:
-    web = site.pod("web", "8080:80", slot=1)
-    site.call("ADD", web)
-    harness.nft("flush ruleset")
-    command = site.executable.parent.parent / "sbin/cni-portmap"
-    if not command.exists():
+def restored(stage: Stage) -> str:
+    web = stage.pod("web", "8080:80", slot=1)
+    stage.call("ADD", web)
+    lab.nft_script("flush ruleset")
+    host = lab.Host(stage.executable)
+    if not host.cli.exists():
         return bad("not supported")
-    from test_restore import Cache
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(pathlib.Path(folder))
         cache.write(web)
-        lab.run(command, "restore", "--cache", folder)
-    return "yes" if site.who(8080) == "web" else bad("no")
+        cache.restore(host)
+    return "yes" if stage.who(8080) == "web" else bad("no")
 
 
 # what is promised, the test that proves it, the scenario
-PROMISES: list[tuple[str, str, Callable[[Site], str]]] = [
+PROMISES: list[tuple[str, str, Callable[[Stage], str]]] = [
     ("a second container claims a port", "test_ownership: test_second_claim", second_claim),
     ("… on one address, while the first has all addresses", "test_ownership: test_second_claim", overlapping_claim),
     ("a container claims the port of one that died without DEL", "test_ownership: test_dead_owner_gives_way",
@@ -285,12 +286,12 @@ def measure(executable: pathlib.Path, config: dict[str, Any]) -> list[str]:
     """What happened in each scenario."""
     happened = []
     for _, _, scenario in PROMISES:
-        with harness.fresh_host():
-            site = Site(executable, config)
+        with lab.fresh_host():
+            stage = Stage(executable, config)
             try:
-                happened.append(scenario(site))
+                happened.append(scenario(stage))
             finally:
-                for server in site.servers:
+                for server in stage.servers:
                     server.close()
     return happened
 

@@ -1,0 +1,88 @@
+"""The lab: hosts, containers, servers that say whom they saw, runtimes, and trouble, for tests and measurements.
+
+Everything happens in the private network and mount namespace that `enter` makes; it plays the host, and /run is new
+there. The machine's own network, ruleset, sysctls and files are never changed. The other machines are named namespaces,
+wired by rtnetlink (a LAN) or by real CNI plugins (containers). Sockets are opened in the namespace that they belong to
+and used from this process, so a server is ready before the first probe, without sleeps. What a name means here it means
+in every test: the names below are all there are. Nothing here is a test, and nothing here imports one.
+
+    processes   other programs                          calls         of the plugin, as runtimes make them; the lock
+    links       links, addresses, routes (pyroute2)     faults        death at any instant, others who interfere
+    namespaces  hosts, and machines that are wired      damage        what somebody may remove, and who notices it
+    tables      nft, and what the kernel holds          libcni_cache  what libcni remembers
+    servers     servers and clients                     paths, site   every path to a port, and the machines for it
+    packets     packets made by hand                    soak          what grows when thousands come and go
+    conntrack   the flows that the host tracks          machine, cri  for podman, containerd and others
+    runtime     libcni, as a runtime uses it
+"""
+from .calls import (
+    LOCK,
+    Answer,
+    Call,
+    Fork,
+    GcCall,
+    Host,
+    Pod,
+    answer,
+    fork,
+    held_lock,
+    lock_is_free,
+    mapping,
+    start_fork,
+    wait_until_blocked,
+)
+from .conntrack import TrackedFlow, flows, track, tracked
+from .faults import adopted_orphans, foreign_changes, in_own_mounts
+from .links import (
+    add_addresses,
+    add_bridge,
+    add_route,
+    add_veth,
+    bring_up,
+    delete_link,
+    enslave,
+    family_of,
+    localhost_routes,
+)
+from .namespaces import (
+    HOST,
+    Namespace,
+    Netns,
+    br_netfilter,
+    delete_namespace,
+    ensure_namespace,
+    enter,
+    fresh_host,
+    obstacle,
+    sysctl,
+    wire,
+)
+from .packets import inject, packet
+from .processes import ROOT, run, until
+from .runtime import (
+    CniFailed,
+    Container,
+    Network,
+    bridge_conflist,
+    call_plugin,
+    call_process,
+    install,
+    install_in_other_root,
+    plugins,
+    ptp_conflist,
+)
+from .servers import KINDS, NUMBERS, Client, Saw, Server, exchange
+from .tables import (
+    TABLE,
+    chains,
+    elements,
+    generation,
+    keep_conntrack,
+    listing,
+    nft,
+    nft_script,
+    other_root,
+    restored_table,
+    state,
+    table,
+)

@@ -1,0 +1,117 @@
+"""The packet paths of a published port, as data: a path is a line, and a `Setting` is a kind of network.
+
+test_packets.py asserts them on a `site.Site`, and measure/paths.py measures them with any portmap plugin.
+"""
+from typing import NamedTuple
+
+EVERY, LOCAL, LAN = 8080, 8081, 8082  # published on every address, on localhost only, on the LAN address only
+OWN = 9090  # not published: a service of the host, on localhost
+WEB = 80  # the container's port
+NOBODY = ""
+
+# name: (IPv4, IPv6) of what is connected to; a site adds "container", "neighbour", "stranger" and "bridge address"
+ADDRESSES = {
+    "LAN address": ("192.0.2.1", "2001:db8::1"),
+    "second address": ("198.51.100.1", "2001:db8:51::1"),
+    "address added after ADD": ("203.0.113.1", "2001:db8:113::1"),
+    "localhost": ("127.0.0.1", "::1"),
+    "127.8.8.8": ("127.8.8.8", ""),
+    "127.9.9.9": ("127.9.9.9", ""),
+    "client": ("192.0.2.2", "2001:db8::2"),
+    "stranger's bridge address": ("10.89.0.1", "fd89::1"),
+    "hostile machine": ("192.0.3.2", ""),
+}
+
+
+class Path(NamedTuple):
+    """Who connects to which address and port, from which of its own addresses, and whom the container then sees."""
+
+    who: str
+    to: str
+    sees: str
+    port: int = EVERY
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = {EVERY: "", LOCAL: " (published on localhost only)", LAN: " (published on the LAN address only)",
+                 OWN: " (the host's own service)"}[self.port]
+        return f"{self.who}{f', from {self.source},' if self.source else ''} to {self.to}{where}"
+
+
+PATHS = (
+    Path("client", "LAN address", "client"),
+    Path("client", "second address", "client"),
+    Path("client", "address added after ADD", "client"),
+    Path("client", "bridge address", "client"),
+    Path("host", "LAN address", "LAN address"),
+    Path("host", "second address", "second address"),
+    Path("host", "bridge address", "bridge address"),
+    Path("host", "localhost", "bridge address"),
+    Path("host", "127.8.8.8", "bridge address"),
+    Path("host", "localhost", "bridge address", source="127.9.9.9"),
+    Path("host", "localhost", "LAN address", source="LAN address"),
+    Path("container", "LAN address", "bridge address"),
+    Path("container", "bridge address", "bridge address"),
+    Path("neighbour", "LAN address", "bridge address"),
+    Path("neighbour", "bridge address", "bridge address"),
+    Path("stranger", "LAN address", "stranger"),
+    Path("stranger", "bridge address", "stranger"),
+    Path("stranger", "stranger's bridge address", "stranger"),
+    Path("client", "LAN address", "client", LAN),
+    Path("host", "LAN address", "LAN address", LAN),
+    Path("container", "LAN address", "bridge address", LAN),
+    Path("neighbour", "LAN address", "bridge address", LAN),
+    Path("stranger", "LAN address", "stranger", LAN),
+    Path("client", "second address", NOBODY, LAN),
+    Path("host", "localhost", NOBODY, LAN),
+    Path("host", "localhost", "bridge address", LOCAL),
+    Path("host", "localhost", "LAN address", LOCAL, source="LAN address"),  # Kubernetes' conformance test
+    Path("client", "LAN address", NOBODY, LOCAL),
+    Path("neighbour", "bridge address", NOBODY, LOCAL),
+    Path("hostile machine", "localhost", NOBODY),  # it routes 127.0.0.0/8 to the host
+    Path("hostile machine", "localhost", NOBODY, LOCAL),
+    Path("hostile machine", "localhost", NOBODY, OWN),
+    Path("hostile neighbour", "localhost", NOBODY),
+    Path("hostile neighbour", "localhost", NOBODY, LOCAL),
+    Path("hostile neighbour", "localhost", NOBODY, OWN),
+)
+
+
+class Setting(NamedTuple):
+    """How the container is connected."""
+
+    name: str
+    plugin: str = "bridge"
+    families: tuple[int, ...] = (4, 6)
+    br_netfilter: bool = False
+    rp_filter: int = 0  # 1: strict, as RHEL has it; 2: loose, as systemd has it
+    ip_masq: bool = False  # the network masquerades what its containers send; needs iptables
+
+
+SETTINGS = (
+    Setting("bridge"),
+    Setting("bridge, br_netfilter", br_netfilter=True),
+    Setting("bridge, ipMasq, strict rp_filter", ip_masq=True, rp_filter=1),
+    Setting("ptp", "ptp"),
+    Setting("bridge, IPv4 only", families=(4,)),
+    Setting("bridge, IPv6 only", families=(6,)),
+)
+
+
+def exists(path: Path, setting: Setting, family: int) -> bool:
+    """Whether the path has addresses of the family. No wire carries a route for ::1, so nobody hostile has one."""
+    named = (path.to, path.source) if path.source else (path.to,)
+    return family in setting.families and all(ADDRESSES.get(name, "46")[family == 6] for name in named) and \
+        not (family == 6 and path.who.startswith("hostile"))
+
+
+def wanted(path: Path, setting: Setting) -> str:
+    """Whom the container should see."""
+    return "bridge address" if setting.ip_masq and path.sees == "stranger" else path.sees
+
+
+def expected(path: Path, setting: Setting, family: int) -> str:
+    """Whom the container sees, as far as Linux can do it."""
+    if (family, path.to, path.source) == (6, "localhost", "") and setting.br_netfilter:
+        return NOBODY  # the bridge itself makes the reply's destination ::1 again, and IPv6 takes none from a wire
+    return wanted(path, setting)
