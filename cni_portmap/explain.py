@@ -13,6 +13,7 @@ from .conditions import parse_conditions
 from .config import parse_mappings
 
 SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
+WHOLE = "the configuration"  # in place of a path
 
 
 def explain(config: dict[str, object], error: ConfigError) -> CniError:
@@ -58,7 +59,7 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
             path, expected, value = f"{path}.{missing}", _description(part), None
         else:
             expected, value = reason or _description(schema), error.instance
-        yield path.lstrip(".") or "the configuration", value, expected
+        yield path.lstrip(".") or WHOLE, value, expected
 
 
 def _description(schema: dict[str, object]) -> str:

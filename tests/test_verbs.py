@@ -224,7 +224,7 @@ def test_takeover_by_link():
     kernel = taken(record=record, glance=("dead", "gone"))
     assert add(kernel) is None
     assert len(kernel.named("lock")) == 1 and not kernel.named("judge", "wait_for") and OTHER in kernel.written[0]
-    kernel = taken(record=record, glance=("alive", "its interface veth9 on this host is there"))
+    kernel = taken(record=record, glance=("alive", "its interface veth9 on this host exists"))
     error = add(kernel)
     assert error.code == 101 and "veth9" in error.details and not kernel.named("judge")
 
@@ -348,7 +348,7 @@ def test_refusals_name_the_pod():
 @pytest.mark.parametrize("verb", ["ADD", "DEL"])
 def test_a_flush_in_the_middle(verb, failures, written):
     """What had been read is gone when it is written: it is tried once more."""
-    left = [cni.CniError(100, "nftables refused: No such file or directory, in: create chain x")] * failures
+    left = [cni.CniError(100, "nftables rejected it: No such file or directory, in: create chain x")] * failures
 
     def transact(text):
         if left:

@@ -3,7 +3,7 @@ import argparse
 
 from ..linux.kernel import Kernel
 
-HELP = "print completion for a shell"
+HELP = "print the completion script for a shell"
 SCRIPT = """\
 # Completion of cni-portmap for bash; written by: cni-portmap completion bash
 _cni_portmap() {
@@ -20,7 +20,7 @@ complete -F _cni_portmap cni-portmap
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the argument."""
-    parser.add_argument("shell", choices=["bash"], help="the shell")
+    parser.add_argument("shell", choices=["bash"], help="the name of the shell")
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
 
 
 def _words(parser: argparse.ArgumentParser) -> list[str]:
-    """What may be typed after a command: choices first, then the long options."""
+    """The words that can follow a command: choices first, then the long options."""
     choices = [str(word) for action in parser._actions if not action.option_strings for word in action.choices or ()]
     return choices + [option for action in parser._actions for option in action.option_strings
                       if option.startswith("--")]

@@ -5,16 +5,16 @@ import json
 from ..linux.kernel import Kernel
 from ..verbs.restore import prune
 
-HELP = "remove rules of containers that are gone"
+HELP = "remove rules of dead containers"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--dry-run", action="store_true", help="show what would be removed, and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be removed, and make no changes")
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
-    """Remove what belongs to the dead, and name those that cannot be judged."""
+    """Remove the rules of dead owners, and name the owners whose state is unknown."""
     found = prune(kernel, options.dry_run)
     dead = [(owner, why) for owner, (state, why) in found if state == "dead"]
     unknown = [(owner, why) for owner, (state, why) in found if state == "unknown"]
@@ -26,5 +26,5 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
             print(f"{'would remove' if options.dry_run else 'removed'} {owner}: {why}")
         for owner, why in unknown:
             print(f"kept {owner}: {why}")
-        print(f"{len(dead)} stale attachments" + (" (dry run)" if options.dry_run else ""))
+        print(f"stale attachments: {len(dead)}" + (" (dry run)" if options.dry_run else ""))
     return 0

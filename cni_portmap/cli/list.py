@@ -6,14 +6,14 @@ import sys
 from ..linux.kernel import Kernel
 from ..verbs.published import published, ranges
 
-HELP = "show which host port leads to which container"
+HELP = "show which host port is forwarded to which container"
 RED, PLAIN = "\033[31m", "\033[0m"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--port", type=int, help="only this host port")
-    parser.add_argument("--container", metavar="ID", help="only containers whose ID begins like this")
+    parser.add_argument("--container", metavar="ID", help="only containers whose ID begins with this")
     parser.add_argument("--network", metavar="NAME", help="only this network")
 
 

@@ -1,4 +1,4 @@
-"""Runs one command."""
+"""Run one command."""
 import argparse
 import importlib
 import json
@@ -12,7 +12,7 @@ COMMANDS = ("list", "restore", "gc", "teardown", "validate", "version", "complet
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status: 0 fine, 1 a failure or a finding, 2 wrong usage."""
+    """Run one command and return the exit status: 0 success, 1 a failure or a finding, 2 wrong usage."""
     options = parser().parse_args(arguments)
     kernel = Kernel()
     try:

@@ -14,16 +14,17 @@ HELP = "re-create rules lost in a firewall reload"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
-    parser.add_argument("--cache", metavar="DIR", action="append", help="a results folder of libcni, in place of "
-                        f"{', '.join(CACHE_DIRS)} (may be repeated)")
-    parser.add_argument("--plugin", metavar="TYPE", default="portmap", help="its type in conflists (default: portmap)")
-    parser.add_argument("--base-only", action="store_true", help="repair only what all containers share, such as the "
-                        "guard of localhost")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and make no changes")
+    parser.add_argument("--cache", metavar="DIR", action="append", help="read this results folder of libcni instead "
+                        f"of {', '.join(CACHE_DIRS)} (may be repeated)")
+    parser.add_argument("--plugin", metavar="TYPE", default="portmap", help="the type of this plugin in conflists "
+                        "(default: portmap)")
+    parser.add_argument("--base-only", action="store_true", help="repair only the chains that all containers share, "
+                        "such as the localhost guard")
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
-    """Publish again what is lost; 1 where some could not be."""
+    """Publish lost ports again; 1 if some could not be published."""
     live: list[Attachment] = []
     skipped: list[dict[str, str]] = []
     if options.base_only:
@@ -62,6 +63,6 @@ def _repair_base(options: argparse.Namespace, kernel: Kernel) -> int:
     if options.json:
         print(json.dumps({"repaired": repaired}))
     else:
-        print(("would repair" if options.dry_run else "repaired") + " what containers share" if repaired else
+        print(("would repair" if options.dry_run else "repaired") + " the shared chains" if repaired else
               "nothing to repair")
     return 0

@@ -7,18 +7,18 @@ from ..linux.kernel import Kernel
 from ..ruleset import TABLE
 from ..verbs.teardown import teardown
 
-HELP = "close localhost and remove the whole table, before an uninstallation"
+HELP = "close the host's localhost and delete the table, as an uninstallation does"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--force", action="store_true", help="also while containers are published: their ports stop "
-                        "answering")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and write nothing")
+    parser.add_argument("--force", action="store_true", help="even while containers are published: their ports "
+                        "stop answering")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and make no changes")
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
-    """Close and remove; 1 where containers are published."""
+    """Close localhost and delete the table; 1 if containers are published, without --force."""
     done = teardown(kernel, options.force, options.dry_run)
     published = [{"container": owner.container_id, "interface": owner.ifname, "network": owner.network, "dead": dead}
                  for owner, dead in done.published]
@@ -27,11 +27,11 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
                           **done.closing._asdict()}, indent=2))
         return 1 if done.refused else 0
     for owner, dead in done.published:
-        print(f"published: {owner}" + (", whose network namespace is gone" if dead else ""),
+        print(f"published: {owner}" + (" (dead)" if dead else ""),
               file=sys.stderr if done.refused else sys.stdout)
     if done.refused:
-        print("cni-portmap: nothing was removed, because these containers are published\n"
-              "  stop them (cni-portmap gc: those that are gone), or say --force: their ports stop answering",
+        print("cni-portmap: no changes were made, because these containers are published\n"
+              "  stop them, run cni-portmap gc for dead ones, or use --force: then their ports stop answering",
               file=sys.stderr)
         return 1
     would = "would close" if options.dry_run else "closed"
@@ -42,5 +42,5 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
     for name, reason in done.closing.left_open.items():
         print(f"127.0.0.0/8 stays open on {name}, without a guard: {reason}")
     if done.table:
-        print(f"{'would remove' if options.dry_run else 'removed'} table {TABLE}")
+        print(f"{'would delete' if options.dry_run else 'deleted'} table {TABLE}")
     return 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..cni import VERSIONS
-from ..explain import violations
+from ..explain import WHOLE, violations
 from ..linux.kernel import Kernel
 
 HELP = "check the portmap part of a CNI configuration file"
@@ -18,11 +18,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("file", type=pathlib.Path, metavar="FILE", help="a .conflist or .conf file")
     parser.add_argument("--plugin", metavar="TYPE", default="portmap",
-                        help="the plugin's type in it (default: portmap)")
+                        help="the type of this plugin in FILE (default: portmap)")
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
-    """Print each finding with its line and column; 1 where there is one."""
+    """Print each finding with its line and column; 1 if there is one."""
     try:
         text = options.file.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -42,11 +42,11 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
 
 
 def _findings(text: str, plugin: str) -> Iterator[tuple[int, str, str]]:
-    """Offset, JSON path and expectation of each thing that is wrong with a CNI configuration file."""
+    """Offset, JSON path and expected value of each mistake in a CNI configuration file."""
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        yield error.pos, "JSON", error.msg
+        yield error.pos, "JSON", f"a JSON document ({error.msg})"
         return
     if not isinstance(document, dict):
         yield 0, "JSON", "an object"
@@ -73,9 +73,10 @@ def _findings(text: str, plugin: str) -> Iterator[tuple[int, str, str]]:
             yield _offset(text, steps), _path(steps), '"capabilities": {"portMappings": true}, or nothing is published'
         inherited = {key: document[key] for key in ("name", "cniVersion") if key in document}
         for path, _, expected in violations({**entry, **inherited}):
-            inner = [int(step[1:-1]) if step[0] == "[" else step for step in re.findall(r"[^.\[]+|\[\d+\]", path)]
+            inner = [int(step[1:-1]) if step[0] == "[" else step for step in re.findall(r"[^.\[]+|\[\d+\]", path)
+                     if path != WHOLE]
             where = inner if inner[:1] in (["name"], ["cniVersion"]) else [*steps, *inner]
-            yield _offset(text, where), _path(where), expected
+            yield _offset(text, where), _path(where) or path, expected
 
 
 def _path(steps: list[Any]) -> str:
@@ -83,7 +84,7 @@ def _path(steps: list[Any]) -> str:
 
 
 def _offset(text: str, steps: list[Any]) -> int:
-    """Where in a JSON text the value at a path begins, or the deepest value around it that exists."""
+    """The offset in a JSON text of the value at a path, or of the deepest existing value around it."""
     decoder = json.JSONDecoder()
     space = re.compile(r"\s*")
 

@@ -34,7 +34,7 @@ FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/pro
 def by_link(owner: "Owner", is_there: bool) -> "Verdict":
     """The verdict on an owner whose record names its host-side link."""
     name = owner.link.partition("#")[0]
-    return (ALIVE, f"its interface {name} on this host is there") if is_there else \
+    return (ALIVE, f"its interface {name} on this host exists") if is_there else \
         (DEAD, f"its interface {name} on this host is gone")
 
 
@@ -46,11 +46,11 @@ def by_namespace(owner: "Owner", sight: "Sight", leads_to: "Callable[[str], int]
     if inode > 0 and (not owner.inode or f"net:[{inode}]" in sight.held):
         return ALIVE, f"its network namespace {owner.netns} is alive"
     if not inode:
-        return UNKNOWN, f"whether its network namespace {owner.netns} lives cannot be judged: the path cannot be read"
+        return UNKNOWN, f"cannot tell whether its network namespace {owner.netns} is alive: the path cannot be read"
     if not owner.inode and owner.netns in sight.mounted:
-        return ALIVE, f"its network namespace {owner.netns} is mounted by a process that has mounts of its own"
+        return ALIVE, f"its network namespace {owner.netns} is mounted in another mount namespace"
     if sight.obstacle:
-        return UNKNOWN, f"whether its network namespace {owner.netns} lives cannot be judged: {sight.obstacle}"
+        return UNKNOWN, f"cannot tell whether its network namespace {owner.netns} is alive: {sight.obstacle}"
     return DEAD, f"its network namespace {owner.netns} is gone"
 
 
@@ -80,7 +80,7 @@ class Sight:
             if _net_inode(process) not in known:
                 self.obstacle = self.obstacle or f"{process} does not show its network namespace to this user"
         if not self.obstacle and not all(self._mounts.values()):
-            self.obstacle = "some processes have mounts of their own, and show only a part of them (chroot)"
+            self.obstacle = "some processes show only a part of their mounts (chroot)"
 
     def _look_at_all(self) -> None:
         """Look until none has ended before it was looked at: a child that began since may hold what that held."""
@@ -90,7 +90,7 @@ class Sight:
             seen |= new
             if len(new) == sum(map(self._look_at, new)):
                 return
-        self.obstacle = self.obstacle or "processes end faster than they can be looked at"
+        self.obstacle = self.obstacle or "processes end faster than they can be inspected"
 
     def _look_at(self, process: str) -> bool:
         """What one process holds; False where it has ended."""
@@ -165,7 +165,7 @@ def _inode_of(fdinfo: str) -> str:
 def _obstacle() -> str:
     """Why this process may not see all others, "" if it does."""
     if posix.readlink("/proc/self/ns/pid") != FIRST_PID_NAMESPACE:
-        return "this process is in a PID namespace of its own, and does not see the host's processes"
+        return "this process is in another PID namespace, and does not see the host's processes"
     lines = _read("/proc/self/mountinfo").split("\n")
     proc = [line.split(" - ")[1].split(" ") for line in lines if line.split(" ")[4:5] == ["/proc"]]
     if not proc:

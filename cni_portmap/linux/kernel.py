@@ -188,7 +188,7 @@ class Kernel(Table):
             if "Operation not permitted" in problem:
                 hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
                     HINTS[EPERM]
-            raise CniError(NFT_REFUSED, f"nftables refused: {problem}", hint)
+            raise CniError(NFT_REFUSED, f"nftables rejected the transaction: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
         """What nft or the kernel has against a transaction, "" for nothing. Writes nothing."""
@@ -205,7 +205,7 @@ class Kernel(Table):
         from .libnftables import import_lightly
         ctypes = import_lightly("ctypes")
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
-            raise system_error("cannot make a network namespace to compare with", OSError(ctypes.get_errno(), ""))
+            raise system_error("cannot create a network namespace for the comparison", OSError(ctypes.get_errno(), ""))
         self._empty = Kernel()  # kept, see `leave`
         return self._empty
 
@@ -240,8 +240,8 @@ class Kernel(Table):
         if not name or (self.localnet(name) and not anyway):
             return ""
         if not is_ifname(name):
-            raise CniError(IO_FAILURE, f"interface {name!r} leads to the container, and cannot be noted in nftables",
-                           f"give it a name of {IFNAME}")
+            raise CniError(IO_FAILURE, f"interface {name!r} cannot be recorded in nftables; the container is behind it",
+                           f"rename it; expected {IFNAME}")
         path = _localnet(name)
         try:
             posix.close(posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC))
@@ -293,7 +293,7 @@ class Kernel(Table):
         try:
             interface = route_interface(6, ip)
             if not interface:
-                return f"no interface leads to {ip}"
+                return f"no interface of this host is directly connected to {ip}"
             if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and link_kind(interface) == "bridge":
                 return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
             add_local_route("::1", interface, LOCALHOST_METRIC)

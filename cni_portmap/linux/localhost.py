@@ -75,7 +75,7 @@ def _needed_by_others() -> Iterator[tuple[str, str]]:
         return
     program = shutil.which("iptables-legacy-save")
     if not program:
-        yield "", "iptables-legacy has rules of nat, and its program is not installed to read them"
+        yield "", "iptables-legacy has nat rules, and iptables-legacy-save is not installed to read them"
         return
     listing = subprocess.run([program, "-t", "nat"], capture_output=True, text=True, check=False).stdout
     for line in listing.splitlines():

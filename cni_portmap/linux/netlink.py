@@ -104,7 +104,7 @@ class Socket:
             except OSError as error:
                 if error.errno != EINTR:
                     raise
-        raise OSError(EINTR, "the ruleset never holds still")
+        raise OSError(EINTR, "the ruleset kept changing during the dump")
 
     def ask_each(self, kind: int, bodies: "Iterable[bytes]", flags: int = 0) -> list[bytes | None]:
         """One answer for each message, None where there is nothing of that name (ENOENT; for links ENODEV)."""
