@@ -5,7 +5,7 @@ A drop-in replacement for the reference `portmap` plugin. Which room for which c
 - what a runtime may send: `cni` (the protocol), `config` (the keys), `attachment` (what they become)
 - what a call does, in which order: `verbs/`
 - which rule is written: `ruleset`; how it gets there, and every other system call: `linux/`
-- what a person types: `cli/`; what libcni remembers: `libcni_cache`; what is said of bad input: `explain`
+- what a person types: `cli/`; libcni's cache: `libcni_cache`; the messages for bad input: `explain`
 - what starts: `plugin` (the CNI plugin), `cli.main` (the command)
 """
 __version__ = "0.1.1"

@@ -25,7 +25,7 @@ VERBS = {
     "VERSION": ("0.1.0", ()),
 }
 
-# Error codes: 1 to 99 are the specification's (section 5), 100 and above ours; the README explains each.
+# Error codes: 1 to 99 are the specification's (section 5), 100 and above ours; docs/troubleshooting.md explains each.
 INCOMPATIBLE_VERSION = 1
 INVALID_ENVIRONMENT = 4
 IO_FAILURE = 5
@@ -83,7 +83,7 @@ class Request:
 # --- JSON, decoded by the interpreter's own C scanner ---------------------------------------------------------
 
 class _Json:
-    """What `json.JSONDecoder` would tell the scanner; NaN and Infinity, which are not JSON, are refused."""
+    """The attributes of a `json.JSONDecoder` that the scanner reads; NaN and Infinity are refused."""
 
     strict = True
     object_hook = object_pairs_hook = None
@@ -180,7 +180,7 @@ _VARIABLES = {
 
 
 def environment_error(verb: str, environ: dict[str, str]) -> CniError | None:
-    """The first variable that `verb` needs and lacks, or that holds what it must not."""
+    """The error for the first variable that `verb` needs and that is missing or invalid; None for none."""
     needed = VERBS[verb][1]
     missing = [name for name in needed if not environ.get(name)]
     if missing:
@@ -216,7 +216,7 @@ def _version_of(config: dict[str, tuple[object, str]]) -> str:
 
 
 def _versions(stdin: bytes) -> str:
-    """VERSION's result. It echoes a version that it knows, and minds nothing else (SPEC.md, section 4)."""
+    """VERSION's result. It echoes a version that it knows, and ignores other keys (SPEC.md, section 4)."""
     try:
         version = _version_of(_decode(stdin))
     except CniError:
@@ -259,7 +259,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
     except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
         return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))
-    except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback
+    except BaseException as error:  # our bug: the runtime still gets its one document, and no traceback
         frame = error.__traceback__
         while frame and frame.tb_next:
             frame = frame.tb_next
@@ -335,6 +335,6 @@ def _write(fd: int, text: str) -> bool:
     try:
         while data:
             data = data[posix.write(fd, data):]
-    except OSError:  # closed or full: nobody is left to tell
+    except OSError:  # closed or full: nobody reads it
         return False
     return True

@@ -198,7 +198,7 @@ POD_NAME_MAX = 253  # characters, as Kubernetes has it
 
 
 def _pod(args: str) -> str:
-    """What people call the container, by CNI_ARGS: "namespace/pod", a name alone (podman, nerdctl), "" for none.
+    """The container's name for people, from CNI_ARGS: "namespace/pod", a name alone (podman, nerdctl), "" for none.
 
     A value that cannot be a name is left out: it is for people's eyes, and no reason to refuse a container.
     """

@@ -1,4 +1,4 @@
-"""Why a configuration was refused, through the schema: the JSON path, the value, and what was expected.
+"""The reason for a refused configuration, from the schema: the JSON path, the value, and what was expected.
 
 Off the hot path: jsonschema takes 70 ms to import, so only a refused call pays for it.
 """

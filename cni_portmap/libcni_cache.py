@@ -1,4 +1,4 @@
-"""What libcni remembers: a file for each attachment, with which lost ports can be published again.
+"""libcni's cache: a file for each attachment, with which lost ports can be published again.
 
 libcni writes them at ADD and removes them at DEL (libcni/api.go, cachedInfo, kind cniCacheV1), in its results folder.
 """
@@ -27,9 +27,9 @@ class Skipped(Exception):
 
 
 class Memory:
-    """What libcni remembers now: each cache file, the oldest first, with the attachment that it describes.
+    """The content of libcni's cache: each file, the oldest first, with the attachment that it describes.
 
-    `found`: each file with a live attachment (one that cannot be judged counts as alive), or with the reason why not.
+    `found`: each file with a live attachment (unknown counts as alive), or with the reason why not.
     """
 
     def __init__(self, folders: Iterable[str | os.PathLike[str]] = CACHE_DIRS, plugin: str = "portmap",
@@ -43,7 +43,7 @@ class Memory:
             for name, container_id in _interfaces_of(document):
                 users.setdefault(name, set()).add(container_id)
         read = [(path, identity, _read(document, plugin, self._kernel)) for path, identity, document in documents]
-        for _, _, each in read:  # a link that several are said to have is one's whose namespace is there, or nobody's
+        for _, _, each in read:  # a link in several results belongs to the one whose namespace exists, or to none
             if isinstance(each, Attachment) and len(users.get(each.link.rpartition("#")[0], ())) > 1 and not each.inode:
                 each.link = ""
         unseen = {str(id(each)): each.netns for _, _, each in read
@@ -93,7 +93,7 @@ def _read(document: Any, plugin: str, kernel: Kernel) -> Attachment | Skipped:
 
 
 def _identity(path: pathlib.Path) -> object:
-    """What changes when a file is written again, None where it has gone."""
+    """A value that changes when a file is written again, None if the file is gone."""
     try:
         found = path.stat()
     except OSError:

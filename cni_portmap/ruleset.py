@@ -71,7 +71,7 @@ def _masquerade(bit: int) -> "Rule":
 
 
 def _masquerades(attachments: "Iterable[Attachment]", comments: "Iterable[str]") -> "list[Rule]":
-    """What each mark bit that is in use needs, see `_marks`; that of the default always."""
+    """The rule of each mark bit in use, see `_marks`, and always that of the default."""
     bits = {DEFAULT_MARK_BIT, *(each.mark_bit for each in attachments if each.mark_bit is not None)}
     prefix = _masquerade(0)[1][:-1]
     noted = (comment.rpartition(prefix)[2] for comment in comments if prefix in comment)
@@ -137,7 +137,7 @@ def _unescape(value: str) -> str:
 
 
 class Owner:
-    """Who an attachment's chain belongs to, as the chain's record says; `inode` 0 where it was not known.
+    """The owner of an attachment's chain, from the chain's record; `inode` 0 if it was not known.
 
     `link`: the host's end of its link as name#index, `pod`: what people call it; "" where that is not known.
     """
@@ -220,7 +220,7 @@ _FAMILIES = {name: family for family, name in HOSTIP_HOSTPORTS.items()}
 
 
 def claim_of(element: "Element") -> tuple[int, int, bytes, int]:
-    """What an element publishes: family, protocol number, host address (packed, b"" for all), host port."""
+    """The claim of an element: family, protocol number, host address (packed, b"" for all), host port."""
     name, key = element
     family, host = (4 if key[0] == _NFPROTO[4] else 6, b"") if name == HOSTPORTS else (_FAMILIES[name], key[:-8])
     return family, key[-8], host, int.from_bytes(key[-4:-2], "big")
@@ -368,7 +368,7 @@ def rules_of(attachment: Attachment) -> "Iterator[str]":
 
 
 def _marks(attachment: Attachment) -> "Iterator[str]":
-    """Who is masqueraded: those whose replies would not come back through this host, or everybody (masqAll)."""
+    """The rules that mark for masquerading: clients whose replies would bypass this host, or all (masqAll)."""
     if attachment.mark_bit is None:
         return
     mark = f"meta mark set meta mark | {1 << attachment.mark_bit:#x}"

@@ -1,14 +1,14 @@
-"""Who lives: the one judgement, for whoever asks: list, gc, takeover, restore, CHECK.
+"""The one judgement whether an owner is alive, for list, gc, takeover, restore and CHECK.
 
-First witness is the host-side link of the container. It goes with its peer's namespace, so it says who lives: the same
-from every mount and PID namespace, without a path that could hang. Its index may be used again (a link that is moved to
-this namespace keeps its own), so an index under another name says nothing.
+The host-side link of the container decides first. The kernel deletes it with its peer's namespace, so it says the same
+in every mount and PID namespace, without a path that could hang. Its index may be used again (a link that is moved to
+this namespace keeps its own), so an index under another name decides nothing.
 
-Where no link is known (macvlan, host-device, records of cni-portmap 0.1), the network namespace is sought: in what
-processes are in, hold open, or have mounted. That it is not found proves its end only where this process sees all of
-that; otherwise it cannot be judged, and counts as alive. To look costs 0.2 s with 10,000 processes, so nobody does it
-under the lock. Not looked into: mount namespaces that no process is in; mounts outside of the root of processes in a
-user namespace of their own; and what those processes hold open that do not let themselves be looked at.
+If no link is known (macvlan, host-device, records of cni-portmap 0.1), the network namespace is searched for among
+those that processes use, hold open, or have mounted. If it is not found, the owner is dead only if this process sees
+all of those; otherwise the owner is unknown, and counts as alive. The search takes 0.2 s with 10,000 processes, so it
+is never made under the lock. Not searched: mount namespaces without a process; mounts outside of the root of processes
+in another user namespace; and the open files of processes that cannot be inspected.
 
 Source: namespaces(7), proc(5), Documentation/filesystems/proc.rst (mountinfo, hidepid).
 """
@@ -55,7 +55,7 @@ def by_namespace(owner: "Owner", sight: "Sight", leads_to: "Callable[[str], int]
 
 
 class Sight:
-    """What processes hold: namespaces ("net:[4026532177]"), and the paths where some have mounted any.
+    """The namespaces that processes hold ("net:[4026532177]"), and the paths where some are mounted.
 
     `obstacle`: why there may be more, "" where this process has seen all.
     """
@@ -93,7 +93,7 @@ class Sight:
         self.obstacle = self.obstacle or "processes end faster than they can be inspected"
 
     def _look_at(self, process: str) -> bool:
-        """What one process holds; False where it has ended."""
+        """Record what one process holds; False if it has ended."""
         try:
             self._look_at_namespaces(f"/proc/{process}")
             for fd in posix.listdir(f"/proc/{process}/fd"):
@@ -131,7 +131,7 @@ class Sight:
             self._look_at_mounts(process, ours)
 
     def _look_at_mounts(self, process: str, has_paths: bool = True) -> None:
-        """What is mounted there; `has_paths`: and under which paths."""
+        """Record the namespaces that are mounted there; `has_paths`: and their paths."""
         try:
             mounts = _read(f"{process}/mountinfo")
         except OSError as error:
@@ -163,7 +163,7 @@ def _inode_of(fdinfo: str) -> str:
 
 
 def _obstacle() -> str:
-    """Why this process may not see all others, "" if it does."""
+    """The reason why this process may not see all others; "" if it sees them."""
     if posix.readlink("/proc/self/ns/pid") != FIRST_PID_NAMESPACE:
         return "this process is in another PID namespace, and does not see the host's processes"
     lines = _read("/proc/self/mountinfo").split("\n")
@@ -212,7 +212,7 @@ def judge(owners: "Iterable[Owner]", has_link: "Callable[[str], bool | None]", l
 
 
 def in_a_second(ask: "Callable[[], int]") -> int | None:
-    """What a child finds out that gets one second, None where it does not come back: a path may hang (NFS, FUSE)."""
+    """The answer of a child that gets one second, None if it does not return: a path may hang (NFS, FUSE)."""
     from select import select
     read, write = posix.pipe()
     try:

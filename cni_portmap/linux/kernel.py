@@ -151,7 +151,7 @@ class Kernel(Table):
         return found or 0
 
     def glance(self, owner: "Owner") -> "Verdict | None":
-        """Who lives, as far as that is known without looking for it; None where it is not. It cannot hang."""
+        """The verdict on an owner by its link alone; None if that does not decide. It cannot hang."""
         if not owner.link:
             return None
         is_there = self.has_link(owner.link)
@@ -161,7 +161,7 @@ class Kernel(Table):
         return by_link(owner, is_there)
 
     def judge(self, owners: "Iterable[Owner]") -> "dict[str, Verdict]":
-        """Who lives, by their chains. Takes its time, so it is not asked under the lock."""
+        """The verdict on each owner, by its chain. It takes long, so it is not called under the lock."""
         from .alive import judge
         return judge(owners, self.has_link, self.namespace_soon)
 
@@ -177,7 +177,7 @@ class Kernel(Table):
     # --- writing ---
 
     def lock(self) -> Lock:
-        """What to hold between reading and writing."""
+        """The lock to hold between reading and writing."""
         return Lock()
 
     def transact(self, text: str) -> None:
@@ -191,7 +191,7 @@ class Kernel(Table):
             raise CniError(NFT_REFUSED, f"nftables rejected the transaction: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
-        """What nft or the kernel has against a transaction, "" for nothing. Writes nothing."""
+        """The reason nft or the kernel would reject the commands, "" for none. Writes nothing."""
         return self._libnftables().run(text, dry=True)
 
     def _libnftables(self) -> "Libnftables":

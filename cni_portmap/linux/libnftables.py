@@ -35,7 +35,7 @@ class Libnftables:
                            "install the package python3-nftables") from None
 
     def run(self, text: str, dry: bool = False) -> str:
-        """Run nft commands, a line each, as one transaction; what nft or the kernel has against it, "" for nothing.
+        """Run nft commands, a line each, as one transaction; the reason nft or the kernel rejects it, "" for none.
 
         `dry`: nothing is written.
         """

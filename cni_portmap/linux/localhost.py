@@ -1,8 +1,8 @@
-"""What lets this host's localhost reach containers, and how it is closed again: for `teardown`, and for upgrades.
+"""Closing of this host's localhost, through which containers are reached: for `teardown`, and for upgrades.
 
 127.0.0.0/8 is open where route_localnet of a container's interface is 1, and ::1 where that interface has our local
-route for it. Both stay when the rules go, and then nothing guards them any more (CVE-2020-8558). So whoever removes
-the table closes first; but not what somebody else's containers on the same interface need.
+route for it. Both stay when the rules go, and then nothing guards them any more (CVE-2020-8558). So localhost is closed
+before the table is deleted; except where another publisher's containers on the same interface need it.
 """
 import os
 import shutil
@@ -16,7 +16,7 @@ from .kernel import LOCALHOST_METRIC, Kernel
 from .netlink import delete_local_route, interface_to, local_routes
 from .table import translations
 
-# Whose DNAT rules lead this host's localhost to containers, by the names of their tables and chains.
+# Other publishers whose DNAT rules forward this host's localhost to containers, by the names of tables and chains.
 PUBLISHERS = (("cni_hostport", "", "the reference plugin portmap"), ("nat", "CNI-DN-", "the reference plugin portmap"),
               ("nat", "DOCKER", "Docker"), ("nat", "NETAVARK-DN-", "netavark"), ("netavark", "", "netavark"))
 LOCALNET = "net.ipv4.conf.%s.route_localnet"
@@ -24,7 +24,7 @@ LEGACY = "/proc/net/ip_tables_names"
 
 
 class Closing(NamedTuple):
-    """What `close` did, or would do: interfaces by name; `left_open` with the reason."""
+    """The changes that `close` made, or would make: interfaces by name; `left_open` with the reason."""
 
     ipv4: list[str]
     ipv6: list[str]

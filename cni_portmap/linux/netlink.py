@@ -227,7 +227,7 @@ def local_addresses() -> set[bytes]:
 
 
 def link_kind(interface: int) -> str:
-    """What an interface is: "bridge", "veth", ...; "" where it has no kind."""
+    """The kind of an interface: "bridge", "veth", ...; "" if it has none."""
     body = bytes(4) + interface.to_bytes(4, "little") + bytes(8)  # ifinfomsg
     return _kind_of(Socket(NETLINK_ROUTE).ask(RTM_GETLINK, body)[0])
 

@@ -122,7 +122,7 @@ class Table:
                 if found.get(NFTA_CHAIN_TABLE) == self._name.encode() + b"\0"}
 
     def references(self, chain: str) -> int:
-        """How many map elements and rules lead to `chain` (NFTA_CHAIN_USE less its own rules)."""
+        """The number of map elements and rules that refer to `chain` (NFTA_CHAIN_USE less its own rules)."""
         use = (self._chain(chain) or {}).get(NFTA_CHAIN_USE, b"")
         return int.from_bytes(use, "big") - len(self.rules(chain))
 
@@ -140,11 +140,11 @@ class Table:
         return [comment for _, comment, _ in self.rules(chain)]
 
     def owner(self, chain: str) -> "Owner":
-        """Whom an attachment's chain belongs to."""
+        """The owner of an attachment's chain."""
         return ruleset.Owner(chain, _record(self.comments(chain)))
 
     def owners(self) -> "list[Owner]":
-        """Whom every attachment's chain belongs to. Reads the whole table."""
+        """The owner of every attachment's chain. Reads the whole table."""
         found: dict[str, list[str]] = {}
         for chain, comment, _ in self.rules():
             if ruleset.is_attachment_chain(chain):
@@ -152,7 +152,7 @@ class Table:
         return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
 
     def dnat_rules(self, chain: str) -> "list[DnatRule]":
-        """What a chain's rules translate."""
+        """The dnat rules of a chain."""
         from .expressions import DnatRule
         found = (DnatRule(raw, self.set_elements) for _, _, raw in self.rules(chain))
         return [rule for rule in found if rule.target]
@@ -162,7 +162,7 @@ class Table:
         return {chain: {rule.target for rule in self.dnat_rules(chain)} for chain in chains}
 
     def snapshot(self, chain: str) -> "list[tuple[object, ...]]":
-        """What a chain is, comparable with the same chain elsewhere: how it is hooked, then each of its rules.
+        """A chain in a form that can be compared with the same chain elsewhere: its hook, then each of its rules.
 
         Counters have no values in it, and anonymous sets their elements in place of their names.
         """

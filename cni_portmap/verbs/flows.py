@@ -1,4 +1,4 @@
-"""Which tracked connections are stale.
+"""The choice of stale connections.
 
 Flows that conntrack still sends where they should not go any more would black-hole a client for as long as it keeps
 sending (k8s#58336, plugins#123, plugins#1190).
@@ -26,7 +26,7 @@ class Elsewhere:
         self._claims, self._targets, self._kernel = claims, targets, kernel
 
     def filters(self) -> "list[Filter]":
-        """What the kernel can choose by itself: all flows to these ports, since it cannot choose those of others."""
+        """Filters for the kernel: all flows to these ports, because it cannot select by another target."""
         return [(family, port, host, b"") for (family, port), hosts in self._claims.items()
                 for host in (_of_family(family, self._kernel.local_addresses()) if b"" in hosts else hosts)]
 
@@ -44,7 +44,7 @@ class Released:
         self._claims, self._targets = claims, targets
 
     def filters(self) -> "list[Filter]":
-        """What the kernel can choose by itself."""
+        """Filters for the kernel."""
         return [(family, port, host, target) for (family, port), hosts in self._claims.items()
                 for host in hosts for target in _of_family(family, self._targets)]
 
@@ -79,7 +79,7 @@ def delete_released_flows(released: "Iterable[tuple[Element, str]]", targets: di
 
 
 def _claims(elements: "Iterable[Element]") -> "dict[int, Claims]":
-    """What elements publish, by protocol number."""
+    """The claims of elements, by protocol number."""
     claims: dict[int, Claims] = {}
     for family, protocol, host, port in map(ruleset.claim_of, elements):
         claims.setdefault(protocol, {}).setdefault((family, port), set()).add(host)

@@ -1,4 +1,4 @@
-"""What is published, read back from the kernel: for people and their scripts, not for the plugin.
+"""The published ports, read back from the kernel: for people and their scripts, not for the plugin.
 
 Through netlink, since nft's JSON takes three seconds with 10,000 containers.
 """
@@ -16,8 +16,8 @@ SIZES = {4: 4, 6: 16}  # bytes of an address
 class Published(NamedTuple):
     """One rule of a container: host ports that lead to container ports, as many and in the same order.
 
-    `connections`: how many were made through it so far; None where the rule is missing. `owner`: "alive", "dead",
-    or "unknown" where that cannot be judged. `pod`: what people call it, "" where no runtime said so.
+    `connections`: the number of connections through it so far; None if the rule is missing. `owner`: "alive", "dead",
+    or "unknown". `pod`: the container's name for people, "" if no runtime sent one.
     """
 
     family: int
@@ -36,7 +36,7 @@ class Published(NamedTuple):
 
 
 def published(kernel: Kernel) -> list[Published]:
-    """All published ports, by host port: what the verdict maps hold, for a rule that none leads to does nothing."""
+    """All published ports, by host port, from the verdict maps: a rule without a map entry has no effect."""
     rules: dict[str, list[DnatRule]] = {}
     records: dict[str, list[str]] = {}
     for chain, comment, raw in kernel.rules():

@@ -1,4 +1,4 @@
-"""What the operator's command mends: ports that a flush has removed, and rules that dead containers left behind.
+"""The repairs of the operator's command: ports that a flush has removed, and stale rules of dead containers.
 
 After `nft flush ruleset` or a firewall's reload the kernel has lost every published port, while the containers live
 on and no runtime calls again. No call of a runtime needs any of this.
@@ -53,7 +53,7 @@ def restore(attachments: Iterable[Attachment], kernel: Kernel, dry_run: bool = F
 
 
 class _Plan:
-    """What is to be done for the attachments that are remembered, by their chains.
+    """The changes for the attachments that libcni has cached, by their chains.
 
     `asked`: each with where its elements lead now; `whole`: those that have lost nothing; `to_rewrite`: those that
     have; `to_remove`: the chains of the dead, and those that are written again; `refused`: with the reason.

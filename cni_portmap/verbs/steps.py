@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> set[str]:
-    """Those of `chains` that are of the attachment's container, through whichever interface."""
+    """The chains among `chains` that belong to the attachment's container, on any interface."""
     own = ruleset.chain_of(attachment.container_id, attachment.ifname)
     return {chain for chain in {*chains}
             if chain == own or kernel.owner(chain).container_id == attachment.container_id}
@@ -26,7 +26,7 @@ def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel:
 
 def attach(attachment: Attachment, elsewhere: "dict[Element, str]", kernel: "Kernel", rules: str,
             again: bool = True) -> str:
-    """Commands that publish what is not published `elsewhere`, and note who stands by for whom.
+    """Commands that publish what is not published `elsewhere`, and record the standby interfaces.
 
     `again`: whether there may be a chain, with such notes, that is replaced.
     """
@@ -45,7 +45,7 @@ def note_standby(ifname: str, chains: "Iterable[str]", kernel: "Kernel") -> str:
 
 def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
             released: "Iterable[tuple[Element, str]]", kernel: "Kernel") -> str:
-    """Commands that remove `chains` with all that they own, and let those that stand by have what is `released`."""
+    """Commands that delete `chains` with all that they own, and give what is `released` to the standby chains."""
     if not chains:
         return ""
     text = ruleset.detach(chains, [element for element, _ in owned])
@@ -105,7 +105,7 @@ def missing_in_order(expected: "Iterable[object]", found: "Iterable[object]") ->
 
 
 def write_shared_chains(text: str, kernel: "Kernel") -> None:
-    """Write the base, by itself and first: nobody opens localhost without the guard.
+    """Write the shared chains alone and first: localhost must not be opened before the guard exists.
 
     Raises CniError(100) where libnftables has dropped its rules, as it would drop an attachment's.
     """
@@ -163,11 +163,11 @@ def is_flush(error: CniError) -> bool:
 
 # --- conflicts: one owner a port --------------------------------------------------------------------------------
 
-# Who lives is looked for without the lock, and looked at again under it by what cannot hang. What was found is kept by
-# chain and handle: a chain that was written anew meanwhile has another handle, and is judged anew.
+# Owners are judged without the lock, and checked again under it by what cannot hang. The verdicts are kept by
+# chain and handle: a chain that was rewritten meanwhile has another handle, and is judged again.
 
 class Unjudged(Exception):
-    """Owners of whom nothing is known yet: they are judged without the lock, and then it is tried again."""
+    """Owners without a verdict yet: they are judged without the lock, and then the call is tried again."""
 
     def __init__(self, owners: "list[Owner]") -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Unjudged(Exception):
 
 
 class PortTaken(CniError):
-    """A port has an owner that lives, or cannot be judged. `handle`: of the owner's chain."""
+    """A port has an owner that is alive or unknown. `handle`: of the owner's chain."""
 
     def __init__(self, msg: str, details: str, owner: "Owner", handle: int) -> None:
         super().__init__(PORT_TAKEN, msg, details)
@@ -184,9 +184,9 @@ class PortTaken(CniError):
 
 def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judged: "Judged") \
         -> "tuple[list[str], dict[Element, str]]":
-    """Who owns the ports of `attachment` now.
+    """Find the present owners of the ports of `attachment`.
 
-    Returns the chains of dead containers, which give way; and the elements that lead to this container through
+    Returns the chains of dead containers, which are replaced; and the elements that lead to this container through
     another of its interfaces, which stay, each with the chain that it leads to.
 
     Raises PortTaken where the owner is another and lives: a port has one owner, and it overlaps as in bind(2); and
@@ -267,7 +267,7 @@ def judge(owners: "list[Owner]", judged: "Judged", kernel: "Kernel") -> None:
 
 
 def verdict_on(owner: "Owner", attachment: Attachment, judged: "Judged", kernel: "Kernel") -> "Verdict | None":
-    """Who lives, as far as it is known under the lock, where an owner meets `attachment`, which lives."""
+    """The verdict on an owner that conflicts with `attachment`, which lives; None if it is not known under the lock."""
     seen = kernel.glance(owner)
     another = owner.container_id != attachment.container_id
     if another and owner.link and owner.link == attachment.link:

@@ -1,4 +1,4 @@
-"""Take the whole table away: what an uninstaller needs, and what nobody else should want."""
+"""Close localhost and delete the whole table, as an uninstallation needs it."""
 from typing import NamedTuple
 
 from .. import ruleset
@@ -8,9 +8,9 @@ from .flows import delete_released_flows
 
 
 class Teardown(NamedTuple):
-    """What `teardown` found and did: the `published` attachments, each with whether it is dead; what was closed.
+    """The result of `teardown`: the `published` attachments, each with whether it is dead, and the `closing`.
 
-    `refused`: nothing was done, because of those. `table`: whether there was one to remove.
+    `refused`: no changes were made, because of those. `table`: whether there was one to delete.
     """
 
     published: list[tuple[ruleset.Owner, bool]]
@@ -22,7 +22,7 @@ class Teardown(NamedTuple):
 def teardown(kernel: Kernel, force: bool = False, dry_run: bool = False) -> Teardown:
     """Close localhost and remove our table, with all that is in it; `force`: also while containers are published.
 
-    Whatever is killed in between leaves localhost closed, or the guard that it needs.
+    A call killed in between leaves localhost closed, or the guard in place.
     """
     verdicts = kernel.judge(kernel.owners())
     with kernel.lock():

@@ -90,7 +90,7 @@ class GcCall:
 # --- what the plugin answers ----------------------------------------------------------------------------------
 
 class Answer(NamedTuple):
-    """How a call ended. `code`: 0, or the error document's; a process that died has code -1 and no document."""
+    """The end of a call. `code`: 0, or the error document's; a process that died has code -1 and no document."""
 
     code: int
     msg: str
@@ -204,7 +204,7 @@ class Host:
             assert not reply.code, reply
 
     def command(self, *arguments: object, status: int = 0, within: tuple[object, ...] = ()) -> str:
-        """What cni-portmap prints, run by the command line `within`; it must end with `status`."""
+        """The output of cni-portmap, run by the command line `within`; it must end with `status`."""
         words = [*within, self.cli, *arguments]
         done = subprocess.run([str(word) for word in words], text=True, capture_output=True, check=False)
         assert done.returncode == status and "Traceback" not in done.stderr, done

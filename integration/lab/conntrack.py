@@ -39,5 +39,5 @@ def track(count: int, ip: str, port: int, target: str = "", ports: int = 1) -> N
 
 
 def tracked() -> int:
-    """How many flows the host tracks."""
+    """The number of flows that the host tracks."""
     return int(run("conntrack", "-C"))

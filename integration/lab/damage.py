@@ -1,4 +1,4 @@
-"""What somebody may remove of our table, piece by piece, and what CHECK must then name."""
+"""The pieces of our table that somebody may remove, each with what CHECK must then name."""
 import re
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What goes wrong: death at any system call, others who change the ruleset meanwhile, folders that are not there."""
+"""Faults: death at any system call, others who change the ruleset meanwhile, folders that are not there."""
 import contextlib
 import ctypes
 import os

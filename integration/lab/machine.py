@@ -58,7 +58,7 @@ class Machine:
         self.name, self._install, self._plugins = name, install, plugins
 
     def _new_cgroups(self) -> list[pathlib.Path]:
-        """Where runtimes put their containers, which is common to all namespaces."""
+        """The cgroups of runtimes' containers, which all namespaces share."""
         root = pathlib.Path("/sys/fs/cgroup")
         return [path for name in ("libpod_parent", "k8s.io") for path in (root / name, *root.glob(f"*/{name}"))
                 if path.is_dir() and path not in self._cgroups]
@@ -94,7 +94,7 @@ class Machine:
         return self
 
     def prepare(self) -> None:
-        """What else this machine needs, for subclasses."""
+        """Prepare what else this machine needs; for subclasses."""
 
     def __exit__(self, *_: object) -> None:
         self.client.remove()
@@ -119,7 +119,7 @@ class Machine:
         return json.loads(self.run(*words))
 
     def fails(self, *words: object) -> str:
-        """What a command that must fail says."""
+        """The output of a command that must fail."""
         done = subprocess.run(self.command(*words), text=True, capture_output=True, timeout=60, check=False)
         assert done.returncode, f"{words} succeeded: {done.stdout}"
         return done.stdout + done.stderr
@@ -180,6 +180,6 @@ def wrappers(folder: pathlib.Path, command: list[str]) -> pathlib.Path:
 
 
 def flush_ruleset() -> None:
-    """What a firewall does when it is told to start again."""
+    """Flush the ruleset, as a firewall does when it restarts."""
     nft("flush", "ruleset")
     keep_conntrack()

@@ -38,7 +38,7 @@ def enter() -> None:
 
 
 def obstacle() -> str:
-    """Why no lab can be made here, and what to do, in one sentence; "" if it can. Tried in a process that ends."""
+    """The reason why no lab can be made here, and the remedy; "" if it can. Tried in a process that ends."""
     if os.geteuid():
         return "a lab of network namespaces needs root: run it as root"
     read, write = os.pipe()
@@ -129,7 +129,7 @@ def br_netfilter(on: bool) -> bool:
 
 
 class Netns:
-    """The network namespace at a path, whoever has made it."""
+    """The network namespace at a path, made by anybody."""
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = str(path)

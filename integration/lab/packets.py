@@ -1,4 +1,4 @@
-"""Packets made by hand, with any source, put on a wire past all rules of their sender."""
+"""Packets made by hand, with any source, sent on a link past all rules of their sender."""
 import contextlib
 import ipaddress
 import socket
@@ -45,7 +45,7 @@ def packet(source: str, destination: str, port: int, protocol: str = "udp", sour
 
 
 def inject(where: contextlib.AbstractContextManager[object], host_device: str, data: bytes) -> None:
-    """Put a packet on the wire from a namespace's eth0 to the host's `host_device`, past all rules of its sender."""
+    """Put a packet on the link from a namespace's eth0 to the host's `host_device`, past all rules of its sender."""
     mac = mac_of(host_device)
     with where:
         wire_end = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)

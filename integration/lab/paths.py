@@ -24,7 +24,7 @@ ADDRESSES = {
 
 
 class Path(NamedTuple):
-    """Who connects to which address and port, from which of its own addresses, and whom the container then sees."""
+    """A client, the address and port it connects to, its own address, and the peer that the container then sees."""
 
     who: str
     to: str
@@ -78,7 +78,7 @@ PATHS = (
 
 
 class Setting(NamedTuple):
-    """How the container is connected."""
+    """A kind of network for the container."""
 
     name: str
     plugin: str = "bridge"
@@ -99,19 +99,19 @@ SETTINGS = (
 
 
 def exists(path: Path, setting: Setting, family: int) -> bool:
-    """Whether the path has addresses of the family. No wire carries a route for ::1, so nobody hostile has one."""
+    """Whether the path has addresses of the family. No machine can route ::1 to the host."""
     named = (path.to, path.source) if path.source else (path.to,)
     return family in setting.families and all(ADDRESSES.get(name, "46")[family == 6] for name in named) and \
         not (family == 6 and path.who.startswith("hostile"))
 
 
 def wanted(path: Path, setting: Setting) -> str:
-    """Whom the container should see."""
+    """The peer that the container should see."""
     return "bridge address" if setting.ip_masq and path.sees == "stranger" else path.sees
 
 
 def expected(path: Path, setting: Setting, family: int) -> str:
-    """Whom the container sees, as far as Linux can do it."""
+    """The peer that the container sees, within what Linux can do."""
     if (family, path.to, path.source) == (6, "localhost", "") and setting.br_netfilter:
-        return NOBODY  # the bridge itself makes the reply's destination ::1 again, and IPv6 takes none from a wire
+        return NOBODY  # the bridge itself makes the reply's destination ::1 again, and IPv6 drops that from a link
     return wanted(path, setting)

@@ -64,7 +64,7 @@ class Network:
         return config
 
     def config(self, ports: object = (), previous: object = None) -> dict[str, Any]:
-        """What the last plugin of the chain, ours, gets on standard input."""
+        """The standard input of the last plugin of the chain, ours."""
         return self._config(self.conflist["plugins"][-1], ports, previous)
 
     def _call(self, plugin: dict[str, Any], verb: str, container_id: str, netns: str, ports: object, previous: object,

@@ -12,7 +12,7 @@ from .links import family_of
 
 
 class Saw(NamedTuple):
-    """What a server saw of an exchange: its own name, the peer's address, and the port that was reached."""
+    """A server's view of an exchange: its own name, the peer's address, and the port that was reached."""
 
     server: str
     peer: str
@@ -106,7 +106,7 @@ class Client:
         self.port: int = self._socket.getsockname()[1]
 
     def ask(self) -> Saw | None:
-        """What the server sees of this flow now; None without an answer in time. Raises OSError if refused.
+        """The server's view of this flow now; None without an answer in time. Raises OSError if refused.
 
         As TCP does, a datagram that has no answer within a second is sent again.
         """

@@ -116,7 +116,7 @@ _NETLINK_NETFILTER, _NFT_MSG_GETGEN, _NLM_F_REQUEST, _NFTA_GEN_ID = 12, 10 << 8 
 
 
 def generation() -> int:
-    """How many transactions nf_tables has committed here."""
+    """The number of transactions that nf_tables has committed here."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
         netlink.send(struct.pack("=IHHIII", 20, _NFT_MSG_GETGEN, _NLM_F_REQUEST, 0, 0, 0))
         reply = netlink.recv(4096)
