@@ -140,7 +140,7 @@ def _attachment(cache: dict[str, Any], plugin: str, kernel: Kernel) -> Attachmen
 
 
 def _link(names: tuple[str, ...], result: dict[str, Any], kernel: Kernel) -> str:
-    """The host's end of a container's link, of those that its result names. Raises Skipped where it has gone."""
+    """The host's end of a container's link, of those that its result names. Raises Skipped if it has gone."""
     link = kernel.link(names) if names else ""
     if names and not link and not kernel.has_interface(names[-1]):  # a bridge comes first
         raise Skipped(f"its interface {names[-1]} on this host is gone")

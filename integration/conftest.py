@@ -10,7 +10,7 @@ OTHER_ROOT = os.environ.get("CNI_PORTMAP_ROOT", "")  # see test_nft_versions
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Where there is another libnftables, what asks for `each_bin_dir` runs with it, too."""
+    """Run the tests that use `each_bin_dir` with the other libnftables too, if there is one."""
     if OTHER_ROOT and "each_bin_dir" in metafunc.fixturenames:
         metafunc.parametrize("each_bin_dir", ["bin_dir", "other_bin_dir"], indirect=True, scope="module")
 

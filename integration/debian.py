@@ -15,7 +15,7 @@ def run(*words: object, **how: object) -> str:
 
 
 def mirror() -> str:
-    """Where this machine gets its distribution's packages from."""
+    """The source of this machine's distribution packages."""
     wanted = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Component: main",
               f"Origin: {platform.freedesktop_os_release()['ID'].capitalize()}"]
     found = run(*wanted) or run("apt-get", "-qq", "update") or run(*wanted)

@@ -1,4 +1,4 @@
-"""Who lives, as it is seen from everywhere, and what an ADD does that meets somebody who does."""
+"""Whether an owner is alive, as seen from everywhere, and what an ADD does that meets a living one."""
 import base64
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ WHOLE_ID = "5f0c1b" + "a" * 58
 
 
 def wired(name: str, *ports: str, number: int = 2, **options: str) -> Pod:
-    """A container with a wire, of whose end on this host its result tells; no link, no name of it: `bare`."""
+    """A container with a link, whose end on this host its result names; `bare` has no such name."""
     wire = lab.wire(name, (f"10.20.{number}.1/24",), (f"10.20.{number}.2/24",))
     return Pod(name, *ports, ips=(f"10.20.{number}.2/24",), link=wire.host_device, **options)
 
@@ -38,7 +38,7 @@ def end(pod: Pod) -> None:
 
 
 def owners(host: Host, within: tuple[str, ...] = ()) -> dict[str, str]:
-    """Who lives, by container ID, as `list` says."""
+    """The state of each owner, by container ID, as `list` says."""
     listed = json.loads(host.command("list", "--json", within=within))
     return {each["container_id"]: each["owner"] for each in listed}
 
@@ -72,7 +72,7 @@ BLIND = {*ELSEWHERE} - {"other mounts"}
 
 @pytest.mark.parametrize("where", ELSEWHERE)
 def test_a_link_says_the_same_everywhere(host, where):
-    """Whoever looks, and from wherever: the link is there or gone, so `list` is right, and gc takes the dead only."""
+    """A link exists or is gone, from every namespace: so `list` is right, and gc takes the dead only."""
     alive, dead = wired("alive", "8080:80"), wired("dead", "9090:90", number=3)
     host.add(alive, dead)
     end(dead)
@@ -249,7 +249,7 @@ def test_restore_looks_again(host, make, meanwhile, tmp_path):
 
 @pytest.mark.parametrize("make", [wired, bare])
 def test_a_new_namespace_of_the_same_name(host, make):
-    """`ip netns add web`, again: the kernel may give it the same number, and the dead must give way all the same."""
+    """`ip netns add web`, again: the kernel may give it the same number, and the dead must be replaced even so."""
     pod = make("web", "8080:80")
     lab.ensure_namespace(pod.netns)
     host.add(pod)

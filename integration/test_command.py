@@ -94,7 +94,7 @@ def test_gc_removes_the_dead(bin_dir, network, web):
 
 
 def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):
-    """What a flushed ruleset lost comes back from libcni's cache, once, and not for the dead."""
+    """Ports that a flush removed come back from libcni's cache, once, and not those of the dead."""
     entry = {"kind": "cniCacheV1", "containerId": web.id, "ifName": "eth0", "networkName": "command",
              "config": base64.b64encode(json.dumps(web.network.conflist).encode()).decode(),
              "capabilityArgs": {"portMappings": PORTS}, "result": web.result}
@@ -116,7 +116,7 @@ def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):
 
 
 def test_restore_base_only(bin_dir, web):
-    """What all share is repaired, and nothing that a container has lost; without a table there is nothing to repair."""
+    """The shared chains are repaired, and nothing that a container has lost; without a table nothing is."""
     assert "nothing" in command(bin_dir, "restore", "--base-only")
     before = lab.table()
     lab.run("nft", "delete", "chain", "inet", "cni_portmap", "guard")

@@ -143,7 +143,7 @@ def test_death_releases(host, wait):
 
 
 def test_death_of_a_holder_releases(host):
-    """Who waits for the lock goes on as soon as its holder is killed."""
+    """A call that waits for the lock goes on as soon as the holder is killed."""
     with lab.held_lock():
         holder = os.fork()
         if not holder:
@@ -230,7 +230,7 @@ def test_unprivileged_user_cannot_hold(host):
 
 
 def test_file_deleted_while_held(host):
-    """Who waits for a lock file that is deleted meanwhile takes the new one, so two of them never run at once."""
+    """A call that waits for a lock file that is deleted meanwhile takes the new one, so two never run at once."""
     with lab.held_lock():
         first = Call(host.executable, "ADD", Pod("first", "8080:80"))
         lab.wait_until_blocked(first.process.pid)

@@ -1,4 +1,4 @@
-"""What a call costs, counted and not timed: what it tells and asks the kernel, and its system calls, by strace.
+"""The cost of a call, counted and not timed: its messages to the kernel, and its system calls, by strace.
 
 Bounds have some room, for other versions of Python and libnftables; what must be none or one has none. The times are
 in scripts/bench.

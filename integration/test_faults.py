@@ -246,7 +246,7 @@ def test_every_call_fails(host, verb, tmp_path):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage(host, name):
-    """Whatever somebody removes: CHECK names it, DEL succeeds, the next ADD repairs it."""
+    """Any piece may be removed: CHECK names it, DEL succeeds, the next ADD repairs it."""
     damage, named = DAMAGES[name]
     host.add(OTHER, BOTH)
     whole = lab.state()
@@ -267,7 +267,7 @@ def test_damage(host, name):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_delete_after_damage(host, name):
-    """Whatever somebody removes, the container whom it concerns leaves nothing."""
+    """A container leaves nothing, whichever of its pieces somebody removed."""
     host.add(OTHER, BOTH)
     DAMAGES[name][0]()
     host.delete(BOTH, BOTH)
@@ -304,7 +304,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_table(host, name):
-    """What others wrote into a table of our name stays as it is; where it is in the way, the error names it."""
+    """Foreign objects in a table of our name stay as they are; if one is in the way, the error names it."""
     text, named = FOREIGN[name]
     lab.nft_script(f"table {TABLE} {{", text, "}")
     theirs = lab.state()
@@ -344,7 +344,7 @@ def test_foreign_rules_stay(host, chain):
 
 @pytest.mark.parametrize("verb", ["DEL", "ADD", "GC"])
 def test_foreign_rule_leads_to_a_container(host, verb):
-    """Where somebody's own rule leads to a container's chain, the error names the chain; nothing is half-done."""
+    """A foreign rule that refers to a container's chain makes the call fail, naming the chain; nothing is half-done."""
     host.add(WEB)
     lab.nft_script(f"add chain {TABLE} mine", f"add rule {TABLE} mine jump {WEB.chain}")
     before = lab.state()
@@ -420,7 +420,7 @@ POOR: dict[str, tuple[tuple[object, ...], dict[str, tuple[int, str]]]] = {
 
 @pytest.mark.parametrize(("name", "verb"), [(name, verb) for name, (_, verbs) in POOR.items() for verb in verbs])
 def test_poor_environment(host, name, verb, tmp_path_factory):
-    """Where something that the plugin needs is missing: one error that says what to do, and nothing is written."""
+    """A missing requirement of the plugin: one error that says what to do, and nothing is written."""
     wrapped, verbs = POOR[name]
     code, named = verbs[verb]
     anybody = pathlib.Path("/mnt")  # pytest's own folders are root's alone

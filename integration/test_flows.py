@@ -180,7 +180,7 @@ def test_sctp_flows_are_forgotten(site, family):
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("before_5_8", [False, True], ids=["5.8", "before 5.8"])
 def test_older_kernels(site, family, before_5_8, monkeypatch):
-    """Where the kernel deletes by filter not yet, or lists by filter neither, the same flows are forgotten."""
+    """The same flows are deleted on kernels that cannot filter conntrack deletions, or dumps either."""
     def body(self, family, *_):
         return bytes((lab.family_of(site.ip("client", family)), 0, 0, 0))
 
@@ -216,7 +216,7 @@ CONNTRACK = re.compile(r"nlmsg_type=(?:NFNL_SUBSYS_CTNETLINK<<8\|IPCTNL_MSG_CT_(
     f"{'one address' if name else 'every address'}, {count}, {'others' if port == 9 else 'its'} flows"
     for name, count, port, *_ in COSTS])
 def test_cost_with_many_flows(site, name, count, port, spread, most, tmp_path):
-    """Where 100,000 flows are tracked, ADD and DEL have few looks at all of them: none for each port."""
+    """With 100,000 tracked flows ADD and DEL walk all of them a few times: not once for each port."""
     first, host_ip = PORT if count == 1 else 20000, site.ip(name, 4) if name else ""
     ports = [{"hostPort": first + i, "containerPort": first + i, "protocol": "udp", "hostIP": host_ip}
              for i in range(count)]

@@ -12,13 +12,13 @@ AFTER = {"base": "", "detach": "attach-dual-stack", "replace": "attach-dual-stac
 
 
 def scripts(name):
-    """The goldens that lead to `name`, which is the last."""
+    """The goldens that precede `name`, and `name` itself."""
     before = AFTER.get(name, "base")
     return [*(scripts(before) if before else ()), GOLDENS[name].read_text()]
 
 
 def rules(script):
-    """How many rules it writes: the lines that are neither commands, nor how a chain is hooked, nor its end."""
+    """The number of rules: the lines that are neither commands, nor a chain's hook, nor its end."""
     return sum(line.split()[0] not in ("add", "create", "type", "}") for line in script.splitlines())
 
 

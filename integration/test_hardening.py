@@ -1,4 +1,4 @@
-"""What must not arrive, and what must not change: each proven where it would arrive, not by silence."""
+"""Packets that must not arrive, and settings that must not change: each proven by a case where it would."""
 import json
 import pathlib
 import socket
@@ -10,7 +10,7 @@ import pytest
 from lab.paths import EVERY, LOCAL, OWN, WEB
 
 NEIGHBOUR, MACHINE = "hostile neighbour", "client"
-DEVICES = {NEIGHBOUR: "cni0", MACHINE: "to-lan-client"}  # the host's end of their wires
+DEVICES = {NEIGHBOUR: "cni0", MACHINE: "to-lan-client"}  # the host's end of their links
 # When a datagram arrives. What never does, Linux refuses by itself; with br_netfilter our translation of a neighbour's
 # datagram comes before that refusal.
 UNGUARDED, NEVER, ALWAYS, BRIDGED = "without the guard", "never", "always", "without the guard, with br_netfilter"
@@ -70,11 +70,11 @@ def arrives(site, who, source, destination, port):
 
 @pytest.mark.parametrize("forged", FORGED, ids=lambda forged: f"{forged[0]} {forged[1]} to {forged[2]} {forged[3]}")
 def test_forged_packets_do_not_pass(site, forged):
-    """No wire leads to the host's localhost, or from it, whoever sends what; the guard counts what it drops."""
+    """No other machine or container reaches the host's localhost, or poses as it; the guard counts what it drops."""
     *datagram, when = forged
     before = guard_drops()
     assert arrives(site, *datagram) == (when == ALWAYS)
-    # IPv6 itself refuses ::1 on a wire, before the guard; but not before br_netfilter
+    # IPv6 itself drops ::1 from a link, before the guard; but not before br_netfilter
     seen = ":" not in forged[1] or (site.setting.br_netfilter and forged[0] == NEIGHBOUR)
     assert guard_drops() - before == (when != ALWAYS and seen)
 
@@ -167,7 +167,7 @@ def test_host_services_keep_what_is_not_published(site, ports, protocol, family)
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 def test_transit_is_untouched(site, protocol, family):
-    """What goes through the host to another machine's or container's same port arrives there, its source kept."""
+    """Transit to the same port of another machine or container arrives there, its source kept."""
     transits = [("client", "neighbour"), ("container", "neighbour"), ("stranger", "neighbour"),
                 ("neighbour", "client"), ("stranger", "client"), ("neighbour", "container")]
     for who, to in transits:
@@ -181,13 +181,13 @@ def test_transit_is_untouched(site, protocol, family):
 
 @pytest.mark.parametrize("source", ["10.88.7.7", "192.0.2.1", "198.51.100.7", "fd88::77", "2001:db8::77"])
 def test_a_forged_source_is_not_masqueraded_elsewhere(site, source):
-    """What a container sends to others than a published port keeps its source, whatever it claims to be."""
+    """A container's packets to anything but a published port keep their source, even a forged one."""
     with lab.Server("client", site.client, 7300, "udp") as server:
         destination = site.ip("client", 6 if ":" in source else 4)
         lab.inject(site.places[NEIGHBOUR], "cni0", lab.packet(source, destination, 7300))
         lab.exchange(lab.HOST, destination, 7300, "udp")
     peers = {saw.peer for saw in server.arrivals[:-1]}
-    assert peers == ({source} if source != site.ip("LAN address", 4) else set())  # a host takes its own from no wire
+    assert peers == ({source} if source != site.ip("LAN address", 4) else set())  # a host accepts its own from no link
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -124,7 +124,7 @@ def test_calls_under_way(site):
 
 
 def waits_in(pid: int) -> list[str]:
-    """What a process waits for a byte of; [] while it does something else."""
+    """The file that a process waits to read; [] while it does something else."""
     words = pathlib.Path(f"/proc/{pid}/syscall").read_text().split()
     return [os.readlink(f"/proc/{pid}/fd/0")] if words[:2] == ["0", "0x0"] else []
 
@@ -247,7 +247,7 @@ def script(site):
 @pytest.mark.parametrize("put", [multi_call, dangling, binary, script])
 @pytest.mark.parametrize("times", [1, 3])
 def test_foreign_plugin_comes_back(site, put, times):
-    """What stood in our place is kept, as the entry that it was, and comes back, after upgrades, too."""
+    """A foreign file, link or folder in our place is kept as it was, and comes back, after upgrades too."""
     site.bin.mkdir()
     put(site)
     before = {path.name: (path.lstat().st_mode, path.lstat().st_size, path.is_symlink() and os.readlink(path))
@@ -297,7 +297,7 @@ def test_nothing_of_ours(site):
 
 
 def old_installation(site: Installation) -> pathlib.Path:
-    """What scripts/install of 0.1.0 left: launchers, a version's folder, and no notes."""
+    """The leftovers of scripts/install of 0.1.0: launchers, a version's folder, and no notes."""
     folder = site.lib / "0.1.0-abcdef"
     (folder / "cni_portmap").mkdir(parents=True)
     (folder / "cni_portmap/__init__.py").write_text(OLD_INIT)
@@ -331,7 +331,7 @@ def test_uninstall_0_1_0(site):
 
 @pytest.mark.parametrize("mask", [0, 0o002, 0o077])
 def test_any_umask_leaves_it_readable_and_safe(site, mask):
-    """Whatever the umask: all may read and run it, and none but root may write it."""
+    """All users may read and run it, and none but root may write it, under any umask."""
     site.install(umask=mask)
     site.install(umask=mask)
     modes = {path: path.stat().st_mode & 0o777 for path in map(pathlib.Path, site.files()) if not path.is_symlink()}
@@ -426,7 +426,7 @@ def test_nothing_is_written_where_it_cannot_work(site, tmp_path, break_it):
 
 
 def test_not_root(site):
-    """Who may not write there is told so, in one sentence."""
+    """A user who may not write there is told so, in one sentence."""
     anybody = pathlib.Path("/mnt")  # pytest's own folders are root's alone, and the checkout may be
     lab.run("mount", "-t", "tmpfs", "none", anybody)
     try:
@@ -498,7 +498,7 @@ def test_uninstall_closes_what_was_opened(site, network):
 
 
 def test_uninstall_leaves_open_what_was_open(site, network):
-    """What somebody else has opened is neither noted nor closed."""
+    """An interface that somebody else has opened is neither noted nor closed."""
     site.install()
     lab.Container(network, "first").remove()  # makes the bridge
     lab.sysctl("net.ipv4.conf.ins0.route_localnet", 1)

@@ -7,7 +7,7 @@ import lab
 
 
 def traces():
-    """What this process has, and what its host has."""
+    """The namespaces of this process, and those of its host."""
     return {"descriptors": sorted(os.listdir("/proc/self/fd")), "threads": sorted(os.listdir("/proc/self/task")),
             "children": pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
             "links": socket.if_nameindex(), "names": sorted(os.listdir("/run/netns")),

@@ -47,7 +47,7 @@ BASE = frozenset(("dispatch", "guard", "prerouting", "output", "postrouting"))
 
 
 class Model:  # noqa: PLW1641  # compared, never in a set
-    """What the kernel should hold: who owns what, and which pieces of the base are whole."""
+    """The state that the kernel should hold: the owner of each claim, and the pieces of the base that are whole."""
 
     def __init__(self, owned: State | None = None, base: frozenset[str] = frozenset()) -> None:
         self.owned, self.base = dict(owned or {}), base
@@ -84,8 +84,8 @@ class Model:  # noqa: PLW1641  # compared, never in a set
         return 0, Model(left, BASE)
 
     def without(self, chains: "set[str]", released: "set[Claim] | None" = None) -> "Model":
-        """What remains when attachments go. What is `released`, all by default, of ports that their container publishes
-        elsewhere too, goes on there."""
+        """The model without these attachments. Ports among `released` (default: all) that their container publishes
+        elsewhere too go on there."""
         left = {chain: owned for chain, owned in self.owned.items() if chain not in chains}
         for chain in chains & {*self.owned}:
             container = chain.rpartition("/")[0]
@@ -152,7 +152,7 @@ def is_dead(owned: Owned) -> bool:
 # --- the kernel -----------------------------------------------------------------------------------------------
 
 def observed() -> Model:
-    """What the kernel holds, as nft tells it. A piece of the base is whole if it is as in the beginning."""
+    """The state of the kernel, as nft shows it. A piece of the base is whole if it is as in the beginning."""
     claims: dict[str, set[Claim]] = {}
     entries = lab.listing()
     for claim, chain in lab.elements(entries).items():
@@ -234,7 +234,7 @@ class World:
         del self.slots[container]
 
     def pod(self, container: int, ifname: str) -> Pod:
-        """What a runtime would ask for now, for a container that lives."""
+        """A runtime's present request for a container that lives."""
         slot = self.slots[container]
         pod = Pod(f"c{container}", ips=(f"10.20.{slot}.2/24", f"fd20:{slot}::2/64"), ifname=ifname,
                   network=INTERFACES[ifname], link=self.random.choice(("", self.devices[container])))
@@ -252,7 +252,7 @@ class World:
     # --- calls ---
 
     def outcome(self, verb: str, what: "Pod | GcCall", model: Model, number_is_used: bool) -> tuple[int, Model]:
-        """What the model expects of a call: its code, and what it leads to."""
+        """The model's expectation of a call: its code, and the state after it."""
         if isinstance(what, GcCall):
             return 0, model.without({chain for chain, owned in model.owned.items()
                                     if owned.network == what.network and chain not in what.chains})

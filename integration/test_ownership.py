@@ -1,4 +1,4 @@
-"""One owner for each host port: who is refused, who gives way, and who is left alone."""
+"""One owner for each host port: who is refused, who is replaced, and who is left alone."""
 import pathlib
 import socket
 
@@ -184,7 +184,7 @@ def test_owner_without_a_record_is_alive(host):
 
 
 def test_dead_sibling_gives_way(host):
-    """What an earlier life of the same container left on another interface does not keep the port."""
+    """A stale claim of the same container on another interface does not keep the port."""
     namespace = lab.Namespace("old")
     host.add_for_nobody(Pod("web", "8080:80", ifname="eth0", netns="/run/netns/old"))
     namespace.remove()

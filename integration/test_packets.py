@@ -101,7 +101,7 @@ def test_sctp_reaches_the_container(site, family):
 
 
 def test_the_family_that_a_container_lacks_is_the_hosts(site):
-    """Where a container has IPv4 only, the host's own server keeps the port of IPv6."""
+    """The host's own server keeps the IPv6 port of a container that has IPv4 only."""
     network = lab.Network(lab.bridge_conflist("only4", "cni4", ("10.90.0.0/16",)), site.bin_dir)
     container = lab.Container(network, "only4", [{"hostPort": 7000, "containerPort": 80}])
     with lab.Server("only4", container, 80), lab.Server("host", lab.HOST, 7000):
@@ -132,7 +132,7 @@ CONFIGURED = [
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("config, who, source, sees", CONFIGURED)
 def test_configuration_decides_whom_the_container_sees(site, config, who, source, sees, family):
-    """What the configuration says of sources holds for this container, and for no other."""
+    """The configuration of sources applies to this container, and to no other."""
     source = site.ip(source, family) if source else ""
     with site.publish("configured", [{"hostPort": 7001, "containerPort": paths.WEB}], **config):
         saw = lab.exchange(site.places[who], site.ip("LAN address", family), 7001, source=source)

@@ -1,4 +1,4 @@
-"""What the README and docs/ show is what happens."""
+"""The examples in the README and docs/ are true."""
 import json
 import re
 import textwrap

@@ -95,7 +95,7 @@ def test_who_stands_by(host, cache, damage, first):
 
 
 def test_localhost_stays_closed_without_the_guard(host, cache):
-    """Where the base cannot be written, localhost is not opened either."""
+    """Localhost is not opened if the shared chains cannot be written."""
     lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
     cache.write(Pod("web", "8080:80"))
     path = pathlib.Path("/proc/sys/net/ipv4/conf/to-web/route_localnet")
@@ -108,7 +108,7 @@ def test_localhost_stays_closed_without_the_guard(host, cache):
 
 @pytest.mark.parametrize("name", [name for name in DAMAGES if name != "element stolen"])
 def test_every_damage(host, cache, name):
-    """Whatever somebody removed, restore brings back, the shared base too."""
+    """restore brings back everything that somebody removed, the shared chains too."""
     pods = alive(OTHER, BOTH)
     host.add(*pods)
     for pod in pods:
@@ -210,7 +210,7 @@ NOTHING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_to_restore(host, cache, name):
-    """Who is dead or publishes nothing, and what cannot be understood, is skipped with the reason; others come back."""
+    """Files of dead containers or without ports, and unreadable ones, are skipped with the reason; others come back."""
     pathlib.Path("/run/left").touch()
     other, _ = alive(Pod("other", "9090:80"), WEB)
     file = cache.write(WEB, **NOTHING[name])
@@ -221,7 +221,7 @@ def test_nothing_to_restore(host, cache, name):
 
 
 def test_garbage_in_the_folder_is_passed_over(host, cache):
-    """Whatever lies in the folder, restore goes on."""
+    """restore goes on after any file in the folder."""
     alive(WEB)
     whole = cache.write(WEB).read_bytes()
     for index, data in enumerate((b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 100000, whole[:len(whole) // 2],

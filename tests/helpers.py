@@ -1,4 +1,4 @@
-"""What the tests share: a kernel that only records, one call of the plugin in memory, and small configurations."""
+"""Shared test support: a kernel that only records, one call of the plugin in memory, and small configurations."""
 import contextlib
 import inspect
 import json
@@ -83,7 +83,7 @@ class RecordingKernel:
 
 
 def verdicts(owners: Iterable[ruleset.Owner], state: str) -> dict[str, tuple[str, str]]:
-    """What Kernel.judge says where all owners are alike."""
+    """The result of Kernel.judge if all owners are alike."""
     return {owner.chain: (state, f"its network namespace {owner.netns} is {state}") for owner in owners}
 
 
@@ -95,7 +95,7 @@ def request(verb: str = "ADD", version: str = "1.0.0", environ: dict[str, str] =
 
 
 def attachment(*ports: dict[str, Any], environ: dict[str, str] = VARIABLES, **keys: Any) -> Attachment:
-    """What the plugin reads from a configuration with these port mappings and keys."""
+    """The attachment that the plugin reads from a configuration with these port mappings and keys."""
     asked = request(environ=environ, runtimeConfig={"portMappings": [*ports]}, **keys)
     found: Attachment = explained(config.parse, asked)
     found.inode = INODE
@@ -123,7 +123,7 @@ def configuration(*ports: dict[str, Any], **keys: Any) -> dict[str, Any]:
 
 
 def explained(read: Callable[[cni.Request], Any], asked: cni.Request) -> Any:
-    """What `read` makes of a request; a refusal is worded as a runtime gets it."""
+    """The result of `read` for a request; a refusal is worded as a runtime gets it."""
     try:
         return read(asked)
     except cni.ConfigError as error:
@@ -131,7 +131,7 @@ def explained(read: Callable[[cni.Request], Any], asked: cni.Request) -> Any:
 
 
 def problem(path: str, value: object) -> str:
-    """How a message begins that names a path and its value."""
+    """The beginning of a message that names a path and its value."""
     return f"{path}: missing" if value is None else f"invalid value for {path}: {json.dumps(value)}"
 
 

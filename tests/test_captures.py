@@ -1,4 +1,4 @@
-"""What real runtimes sent, replayed: each line of captures/*.jsonl is one call (label, env, stdin) of portmap."""
+"""Calls of real runtimes, replayed: each line of captures/*.jsonl is one call (label, env, stdin) of portmap."""
 import json
 import pathlib
 import re
@@ -14,7 +14,7 @@ CALLS = [(path.stem, number, json.loads(line))
 
 
 def mappings(call):
-    """What a call asks for: (protocol, hostIP, hostPort, containerPort)."""
+    """The ports that a call asks for: (protocol, hostIP, hostPort, containerPort)."""
     found = (json.loads(call["stdin"]).get("runtimeConfig") or {}).get("portMappings") or []
     lower = [{key.lower(): value for key, value in mapping.items()} for mapping in found]
     return [(each.get("protocol", "tcp"), each.get("hostip", ""), each["hostport"], each["containerport"])

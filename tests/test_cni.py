@@ -86,7 +86,7 @@ def test_bad_variable(verb, variable, value):
                                           "-a"]),
     *(("CNI_NETNS", value) for value in ["/", "relative", "/run/netns/a b;c\n\"é", "x" * 5000])])
 def test_good_variable(variable, value):
-    """What the specification and the kernel allow is accepted."""
+    """Values that the specification and the kernel allow are accepted."""
     assert call("ADD", **{variable: value}) == (0, {"handled": "ADD"})
 
 
@@ -160,7 +160,7 @@ UNDECODABLE = {
 @pytest.mark.parametrize("stdin", UNDECODABLE.values(), ids=UNDECODABLE)
 @pytest.mark.parametrize("verb", OLDEST)
 def test_undecodable(verb, stdin):
-    """What is not one JSON object is code 6, in one document."""
+    """Input that is not one JSON object is code 6, in one document."""
     status, document = call(verb, stdin)
     assert (status, document["code"], document["cniVersion"]) == (1, 6, "1.1.0")
     assert set(document) == {"cniVersion", "code", "msg", "details"}
@@ -174,7 +174,7 @@ def test_undecodable(verb, stdin):
     (b'{"a":-1e-5,"b":12345678901234567890}', {"a": -1e-5, "b": 12345678901234567890}),
     (b'{"a":1e999}', {"a": float("inf")})])
 def test_decodable(stdin, expected):
-    """What RFC 8259 allows is read as the json module reads it; of duplicate keys the last is meant, as in Go."""
+    """Valid JSON (RFC 8259) is read as the json module reads it; of duplicate keys the last counts, as in Go."""
     found = cni.members(stdin.decode())
     assert {key: value for key, (value, _) in found.items()} == expected == json.loads(stdin)
     assert all(json.loads(raw) == value for value, raw in found.values())

@@ -88,7 +88,7 @@ def test_mark_bit_and_chain():
 @pytest.mark.parametrize("keys, word", [({"backend": "iptables"}, "using nftables"),
                                         ({"externalSetMarkChain": "X\n;"}, "its own masquerading")])
 def test_warned(keys, word, capfd):
-    """What is accepted but has no effect here is one line on stderr."""
+    """A key that is accepted and ignored is one line on stderr."""
     explained(config.parse, request(**keys))
     cni.tell()
     printed = capfd.readouterr()
@@ -117,7 +117,7 @@ BOTH = [(4, "tcp", "", 8080, 80), (6, "tcp", "", 8080, 80)]
     ({"hostPort": 1.0}, [(4, "tcp", "", 1, 80), (6, "tcp", "", 1, 80)]),
     ({"hostPort": 65535, "containerPort": 1}, [(4, "tcp", "", 65535, 1), (6, "tcp", "", 65535, 1)])])
 def test_mapping(mapping, expected):
-    """What one mapping publishes: "" on both families, an unspecified address on one, an IPv4-mapped one is IPv4."""
+    """The ports of one mapping: "" on both families, an unspecified address on one, an IPv4-mapped one is IPv4."""
     assert ports_of(attachment({**PORT, **mapping})) == expected
 
 
@@ -126,7 +126,7 @@ def test_mapping(mapping, expected):
                                   ("HOSTPORT", "CONTAINERPORT", "PROTOCOL", "HOSTIP"),
                                   ("hOSTpORT", "ContainerPort", "protocol", "hostIp")])
 def test_mapping_keys(keys):
-    """The keys of a mapping are read in any case (containerd capitalises them)."""
+    """The case of a mapping's keys does not matter (containerd capitalises them)."""
     assert ports_of(attachment(dict(zip(keys, (8080, 80, "UDP", "192.0.2.1"))))) == [(4, "udp", "192.0.2.1", 8080, 80)]
 
 
@@ -172,14 +172,14 @@ OTHER = {**PORT, "containerPort": 81}
     (PORT, {**OTHER, "hostPort": 8081}, 4), (PORT, {**OTHER, "hostIP": "127.0.0.1"}, 3),
     ({**PORT, "hostIP": "0.0.0.0"}, {**OTHER, "hostIP": "::"}, 2)])
 def test_said_twice(first, second, count):
-    """What is said twice is meant once; what differs in family, protocol, address or port is not the same."""
+    """Duplicate mappings are merged; those that differ in family, protocol, address or port are not."""
     assert len(attachment(first, second).ports) == count
 
 
 @pytest.mark.parametrize("second", [OTHER, {**OTHER, "hostIP": "::"}, {**OTHER, "hostIP": "0.0.0.0"},
                                     {**OTHER, "protocol": "Tcp"}])
 def test_contradiction(second):
-    """One host port that should lead to two container ports is refused, and both are named."""
+    """One host port that is mapped to two container ports is refused, and both are named."""
     message, details = refusal(runtimeConfig={"portMappings": [PORT, second]})
     assert names(message, f"{MAPPINGS}[1]") and "8080" in details and "80" in details
 
@@ -314,7 +314,7 @@ def test_conditions(items, expected):
     "ip6 saddr ::/64notrack", "ip6 saddr ::/0counter", "ip6 saddr ::/0continue", "ip6 saddr ::/0accept",
     "ip6 saddr ::flog", "ip6 saddr ::1-::flog", "ether saddr 02:00:00:00:00:0fnotrack", "meta mark 0xffreturn"])
 def test_conditions_refused(text):
-    """Whatever could end the match, or is a statement, is refused before nft sees it."""
+    """Text that could end the match, and a statement, are refused before nft sees them."""
     for key in "conditionsV4", "conditionsV6":
         message, details = refusal(**{key: ["ip saddr 10.0.0.0/8", text]})
         assert key in message and details.startswith("expected ")

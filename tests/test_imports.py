@@ -161,14 +161,14 @@ def names_in(source):
 
 @pytest.fixture(scope="module")
 def imports():
-    """Who imports what: path -> names."""
+    """The imports of each file: path -> names."""
     found = {path: {*names_in(source)} for path, source in sources()}
     assert {"integration/lab/links.py", "scripts/bench", "integration/test_faults.py"} <= {*found}
     return found
 
 
 def test_nothing_imports_a_test(imports):
-    """What tests share is in tests/helpers.py, integration/lab and conftest.py: a test that is imported runs twice."""
+    """No test is imported, since it would run twice: tests share tests/helpers.py, integration/lab and conftest.py."""
     assert not [(path, name) for path, names in imports.items() for name in names
                 if any(part == "conftest" or part.startswith("test_") for part in name.split("."))]
 
@@ -185,7 +185,7 @@ PACKAGE = ROOT / "cni_portmap"
 
 
 def imports_of(path):
-    """What a file imports, wherever it says so: modules of ours as "linux.kernel", others by their first name."""
+    """The imports of a file, late ones included: modules of ours as "linux.kernel", others by their first name."""
     package = ["cni_portmap", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -250,6 +250,6 @@ ALLOWED = {  # room: what of SYSTEM it may import, and why
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_linux_makes_system_calls(path):
-    """What touches the system is in one folder, so that a reader who looks for it looks there alone."""
+    """System calls are in one folder, so that a reader has to look only there."""
     found = {name.partition(".")[0] for name in imports_of(path)} & SYSTEM
     assert found <= ALLOWED.get(ROOMS[path], set())

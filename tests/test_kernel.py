@@ -36,7 +36,7 @@ READS = {"has_chain": ["x"], "comments": ["x"], "owner": ["x"], "owners": [], "r
 
 @pytest.mark.parametrize("method", READS)
 def test_reading_fails(monkeypatch, method):
-    """What netlink refuses is one CniError, with what to do."""
+    """A refusal by netlink is one CniError, with what to do."""
     monkeypatch.setattr("cni_portmap.linux.netlink.socket", Broken)
     with pytest.raises(CniError) as caught:
         getattr(Kernel(), method)(*READS[method])
@@ -107,7 +107,7 @@ def test_references():
 @pytest.mark.parametrize("references, wanted, listed",
                          [(2, "ab", False), (2, "abc", False), (2, "a", True), (0, "", False), (10_000, "ab", True)])
 def test_elements_of(monkeypatch, references, wanted, listed):
-    """What a chain's own rules could want is asked for; where that isn't all that leads to it, the maps are listed."""
+    """The elements that a chain's own rules name are looked up; if more refer to it, the maps are listed."""
     there = {"a": "c/x/eth0", "b": "c/x/eth0", "c": "c/y/eth0"}
     lists = []
     monkeypatch.setattr(Kernel, "references", lambda self, chain: references)
@@ -143,7 +143,7 @@ def test_namespace(nsfs, ask):
 
 
 def test_a_file_is_no_namespace(tmp_path):
-    """What is left where a namespace was mounted is a file of another device."""
+    """The file that is left where a namespace was mounted is of another device."""
     (tmp_path / "netns").touch()
     assert Kernel().namespace(str(tmp_path / "netns")) == -1
     assert Kernel().namespace("/proc/self/ns/net") == os.stat("/proc/self/ns/net").st_ino
@@ -181,7 +181,7 @@ def judged(record, has_link=True, leads_to=0):
 
 
 def test_the_link_is_the_first_witness(monkeypatch):
-    """Where a link is recorded nothing else is looked at: no path, no process."""
+    """A recorded link decides alone: no path and no process is inspected."""
     monkeypatch.setattr(alive, "Sight", None)
     record = "net=lab netns=/run/netns/web#5 link=veth1#7"
     assert (judged(record, True), judged(record, False)) == ("alive", "dead")
@@ -201,7 +201,7 @@ def test_the_link_is_the_first_witness(monkeypatch):
     ("net=lab", -1, {}, "unknown"), ("", -1, {}, "unknown"), ("netns=/n#5 link=veth#", 0, {}, "dead"),
     ("netns=/n#5 link=a/b#7", 0, {}, "dead"), ("netns=/n#" + "9" * 5000, -1, {}, "dead")])
 def test_without_a_link_the_namespace_is_sought(monkeypatch, record, leads_to, seen, verdict):
-    """Dead is only what is nowhere to be found by one who sees everything; what cannot be judged is unknown."""
+    """An owner is dead only if one who sees everything finds it nowhere; otherwise it is unknown."""
     sight(monkeypatch, **seen)
     assert judged(record, leads_to=leads_to) == verdict
 
@@ -304,7 +304,7 @@ assert os.path.join and found.CDLL(None)
 
 
 def test_later():
-    """What is asked of a module that is stood in for is there, and nobody else ever sees the stand-in."""
+    """A module behind a stand-in has all of its attributes, and nobody else ever sees the stand-in."""
     subprocess.run(["/usr/bin/python3", "-IS", "-c", LATER, ROOT], timeout=60, check=True)
 
 
@@ -337,7 +337,7 @@ def test_lock(lock):
 
 
 def test_lock_waits_in_vain(lock):
-    """Who waits too long is told to try again later, and what was under way with SIGALRM goes on."""
+    """A call that waits too long is told to try again later, and SIGALRM is as it was before."""
     before = signal.getsignal(signal.SIGALRM)
     with kernel.Lock(), pytest.raises(CniError, match="waiting for") as caught, kernel.Lock():
         pass
@@ -348,7 +348,7 @@ def test_lock_waits_in_vain(lock):
 
 
 def test_lock_waits(lock, monkeypatch):
-    """Who waits gets it when its holder is gone."""
+    """A call that waits gets the lock when its holder is gone."""
     monkeypatch.setattr(kernel, "LOCK_SECONDS", 30)
     hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX); " \
            "print(flush=True); sys.stdin.read()"
@@ -361,7 +361,7 @@ def test_lock_waits(lock, monkeypatch):
 
 
 def test_lock_removed(lock, monkeypatch):
-    """A lock file that somebody removes while we wait is not the one that others will find: it is taken anew."""
+    """A lock file that is removed while we wait is not the one that others will find: the new one is taken."""
     real = os.stat
     removed = []
 
@@ -437,7 +437,7 @@ def test_set_localnet(sysctl):
 
 
 def test_cannot_open(sysctl, monkeypatch):
-    """Where it can't be set the error names the file; without a route there is nothing to set."""
+    """The error names the file that can't be set; without a route there is nothing to set."""
     for failing in (lambda: Kernel().interface_to_open("10.88.0.2"), lambda: Kernel().set_localnet("cni0", True)):
         with pytest.raises(CniError, match=r"cannot write 1 to .*route_localnet") as caught:
             failing()
@@ -583,7 +583,7 @@ def test_leave():
 
 
 def test_close():
-    """What it opened is closed, and it may be asked again."""
+    """Its sockets are closed, and it may be asked again."""
     host = Kernel()
     first = host.open_socket().fileno()
     host.close()

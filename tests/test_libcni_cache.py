@@ -1,4 +1,4 @@
-"""What libcni remembers: which cache files lead to a live attachment, and that no other breaks anything."""
+"""libcni's cache: the files that describe a live attachment, and that no other file breaks anything."""
 import base64
 import json
 import os
@@ -30,7 +30,7 @@ def write(folder, name="results", raw=None, **changes):
 
 @pytest.fixture(autouse=True)
 def full_sight(monkeypatch):
-    """Who runs these tests may not see all processes; then nobody could be told to be gone."""
+    """Let all processes seem visible: a user who cannot see them all could judge no owner dead."""
     monkeypatch.setattr(alive, "Sight", lambda: types.SimpleNamespace(held=set(), mounted=set(), obstacle=""))
     monkeypatch.setattr(Kernel, "has_interface", lambda self, name: name in ("cni0", "lo"))
 
@@ -75,7 +75,7 @@ def test_variants(tmp_path, changes):
     ({"containerId": "a\nb"}, ""), ({"ifName": "eth0; x", "result": {"ips": [{"address": "10.88.0.2/16"}]}}, ""),
     ({"networkName": "a b"}, "name"), ({"containerId": 1}, ""), ({"raw": b"[" * 100_000}, "")])
 def test_skipped(tmp_path, changes, reason):
-    """What leads to no live attachment is skipped with its reason; nothing that isn't a name reaches nft."""
+    """Files without a live attachment are skipped with the reason; nothing that isn't a name reaches nft."""
     write(tmp_path, **changes)
     [found] = read(tmp_path)
     assert isinstance(found, libcni_cache.Skipped) and reason in str(found)

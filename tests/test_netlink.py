@@ -85,7 +85,7 @@ ATTRIBUTES = st.lists(st.tuples(st.integers(0, 0x3fff), st.binary(max_size=20)),
 
 @hypothesis.given(ATTRIBUTES)
 def test_attributes_round_trip(found):
-    """What is written is read."""
+    """Attributes that are written are read back."""
     assert [*attributes(b"".join(attribute(*each) for each in found))] == found
     [(kind, inner)] = attributes(nested(5, *(attribute(*each) for each in found)))
     assert kind == 5 and [*attributes(inner)] == found
@@ -133,7 +133,7 @@ def test_errors(wire, ask, code):
 
 
 def test_answers_to_an_earlier_question(wire):
-    """What still comes for a question that ended with an error is not taken for an answer to the next."""
+    """Late answers to a question that ended with an error are not taken for answers to the next."""
     wire(error(EPERM, 1) + message(1, b"late", sequence=2), message(1, b"more", sequence=3) + error(0, 3),
          message(1, b"aaaa", sequence=4), message(1, b"bbbb", sequence=5))
     found = netlink.Socket(0)

@@ -26,7 +26,7 @@ def stub(folder, name, script):
 
 
 def packages(tools, *words, status=0):
-    """What the script says, and the apt-get commands that it has run."""
+    """The script's output, and the apt-get commands that it has run."""
     calls = tools / "calls"
     done = subprocess.run([ROOT / "scripts/packages", *words], capture_output=True, text=True, check=False,
                           env={"PATH": str(tools), "TMPDIR": str(tools.parent), "CALLS": str(calls)})
@@ -35,7 +35,7 @@ def packages(tools, *words, status=0):
 
 
 def test_nothing_missing(tools):
-    """Where all is there, whoever brought it, nobody is asked: neither apt-get nor root."""
+    """If everything is installed, from whatever source, neither apt-get nor root is needed."""
     stub(tools, "shellcheck", "")
     stub(tools, "apt-get", 'echo "$@" >>"$CALLS"; exit 100')
     said, calls = packages(tools, "run")
@@ -43,7 +43,7 @@ def test_nothing_missing(tools):
 
 
 def test_install(tools):
-    """What a probe misses is installed, by its name here, without what is there; a line a step, with its time."""
+    """Packages that a probe misses are installed, by their names here, and no others; a line a step, with its time."""
     stub(tools, "apt-get", 'echo "$@" >>"$CALLS"; case "$*" in *shellcheck) '
                            f'echo >{tools}/shellcheck; chmod +x {tools}/shellcheck ;; esac')
     stub(tools, "id", "echo 0")
@@ -75,7 +75,7 @@ def test_no_network(tools):
 
 
 def test_not_root(tools):
-    """Who is not root is told the packages' names."""
+    """A user other than root is told the packages' names."""
     stub(tools, "apt-get", 'echo "$@" >>"$CALLS"')
     stub(tools, "id", "echo 1000")
     said, calls = packages(tools, "rootless", status=1)

@@ -70,7 +70,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name):
-    """What we send is what it was, or somebody has read the difference."""
+    """The text that we send is unchanged, or somebody has read the difference."""
     path, text = GOLDENS / f"{name}.nft", CASES[name]()
     if os.environ.get("UPDATE_GOLDENS"):
         path.write_text(text)
@@ -89,7 +89,7 @@ def test_version():
 
 
 def test_repair_keeps_attachments():
-    """Whatever is repaired, no attachment's chain, no map and not the table is flushed or deleted."""
+    """A repair flushes or deletes no attachment's chain, no map and not the table."""
     for chain in ruleset.SHARED:
         removed = [line for line in base((), (chain,)).splitlines() if re.match("flush|delete", line)]
         assert removed == [f"{'flush' if chain == 'dispatch' else 'delete'} chain inet cni_portmap {chain}"]
@@ -127,7 +127,7 @@ PORT_OBJECTS = st.sampled_from([4, 6]).flatmap(lambda family: st.builds(
 
 @hypothesis.given(PORT_OBJECTS)
 def test_element_round_trip(found):
-    """What a key says is what the port was, and its wildcard differs in the address alone."""
+    """A key holds the port that it was made from, and its wildcard differs in the address alone."""
     element = name, key = ruleset.map_of(found), ruleset.key_of(found)
     packed = socket.inet_pton(socket.AF_INET if found.family == 4 else socket.AF_INET6,
                               found.host_ip) if found.host_ip else b""
@@ -224,7 +224,7 @@ def test_chain_names_differ():
 
 @hypothesis.given(st.lists(IFNAMES), st.lists(st.text(max_size=10)))
 def test_stand_by_round_trip(ifnames, others):
-    """Who will take over is read back from the comments of a chain, among others."""
+    """Standby interfaces are read back from the comments of a chain, among others."""
     notes = [re.fullmatch(r'add chain inet cni_portmap c \{\ncontinue comment "([^"\\]{1,128})"\n\}\n',
                           ruleset.standby_note("c", ifname))[1] for ifname in ifnames]
     others = [other for other in others if not other.startswith("also on ")]
@@ -274,7 +274,7 @@ def test_only_allowed_tokens(owner, ips, mappings, v4, v6, snat, masq_all, bit):
 
 @hypothesis.given(MAPPINGS)
 def test_every_port_is_translated_once(mappings):
-    """However rules are joined to ranges and maps, each port leads where it was asked to, and no other does."""
+    """Each port is forwarded to its own container port, and no other port is, in ranges and maps too."""
     found = attachment(*mappings, **ONLY[4])
     translated = []
     for rule in ruleset.rules_of(found):
@@ -323,7 +323,7 @@ def test_table_names():
 
 
 def test_many_host_addresses_are_grouped_once():
-    """How often the ports are gone through does not grow with the number of their host addresses."""
+    """The number of passes over the ports does not grow with the number of their host addresses."""
     class Counted(tuple):
         __slots__ = ()
 

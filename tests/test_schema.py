@@ -159,7 +159,7 @@ def test_message(keys, message):
 
 
 def test_without_jsonschema(monkeypatch):
-    """Where jsonschema is missing a refusal still names its path."""
+    """A refusal names its path even if jsonschema is missing."""
     monkeypatch.setitem(__import__("sys").modules, "jsonschema", None)
     with pytest.raises(cni.CniError, match=r"^invalid value for snat$"):
         explained(config.parse, request(snat=1))

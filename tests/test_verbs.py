@@ -163,7 +163,7 @@ def test_conflict(ours, theirs, conflict):
 
 @pytest.mark.parametrize("ours, theirs, conflict", OVERLAPS)
 def test_takeover(ours, theirs, conflict):
-    """A dead owner's whole attachment gives way, in the same transaction; it is judged by its record."""
+    """A dead owner's whole attachment is replaced in the same transaction; it is judged by its record."""
     table = dict.fromkeys(elements(attachment(mapping(**theirs), mapping(host_port=9))), OTHER)
     kernel = RecordingKernel(**holding(table, judge=dead))
     assert add(kernel, mapping(**ours)) is None
@@ -181,7 +181,7 @@ def test_two_owners():
     assert error.code == 101 and "container third" in error.args[0] and kernel.written == []
 
 
-# Who lives is judged without the lock, and looked at again under it.
+# Owners are judged without the lock, and checked again under it.
 
 def taken(**answers):
     """A host where another container has WEB's ports."""
@@ -210,7 +210,7 @@ def test_add_for_a_container_that_is_gone(answers, code):
 
 
 def test_add_that_waited_for_the_lock():
-    """Where no link is known the namespace is looked at again by what cannot hang, if there was time for it to go."""
+    """Without a link the namespace is checked again, by what cannot hang, if the lock was waited for."""
     for waits, soon, code in (True, -1, 4), (True, 0, 0), (False, -1, 0):
         kernel = RecordingKernel(namespace_soon=soon, waits=waits)
         error = add(kernel)
@@ -234,7 +234,7 @@ def test_judged_without_the_lock():
     kernel = taken(judge=dead)
     assert add(kernel) is None
     assert "judge" not in locked(kernel) and len(kernel.named("lock")) == 2
-    handles = iter([1, 2, 3, 3, 3])  # it is written anew while it is judged
+    handles = iter([1, 2, 3, 3, 3])  # it is rewritten while it is judged
     kernel = taken(judge=dead, handle=lambda chain: next(handles))
     assert add(kernel) is None
     assert len(kernel.named("judge")) == 2
@@ -299,7 +299,7 @@ def test_an_owner_that_goes():
 
 
 def test_one_owner_is_waited_for_in_pieces():
-    """However often its chain changes, an owner has its time once."""
+    """An owner is waited for once, however often its chain changes."""
     _, error, waited = waits(wait_for=lambda owner, handle, seconds: min(seconds, 0.75))
     assert waited == [2, 1.25, 0.5] and "waited 2 s" in error.msg
 
@@ -347,7 +347,7 @@ def test_refusals_name_the_pod():
 @pytest.mark.parametrize("failures, written", [(1, True), (2, False)])
 @pytest.mark.parametrize("verb", ["ADD", "DEL"])
 def test_a_flush_in_the_middle(verb, failures, written):
-    """What had been read is gone when it is written: it is tried once more."""
+    """A flush between reading and writing makes the call try once more."""
     left = [cni.CniError(100, "nftables rejected it: No such file or directory, in: create chain x")] * failures
 
     def transact(text):
@@ -377,7 +377,7 @@ def test_foreign_element(chain):
     assert error.code == 103 and "nft list table inet cni_portmap" in error.details and kernel.written == []
 
 
-# A container may publish one port on several networks: it leads to the first, and the others stand by.
+# A container may publish one port on several networks: the first one's chain gets it, and the others are standby.
 
 FIRST, SECOND, THIRD = CHAIN, "c/web-1/eth1", "c/web-1/eth2"
 
@@ -411,7 +411,7 @@ def test_the_same_id_in_another_namespace_is_another_container():
 
 
 def test_second_interface_again():
-    """Who will take over already isn't noted twice."""
+    """A standby interface isn't noted twice."""
     kernel = RecordingKernel(**noted(["eth1"]))
     assert add(kernel, environ={**VARIABLES, "CNI_IFNAME": "eth1"}, prevResult=UNBOUND) is None
     assert "also on" not in kernel.written[0] and "elements = " not in kernel.written[0]
@@ -424,7 +424,7 @@ def test_second_interface_again():
      {SECOND: elements(WEB)[:1], THIRD: elements(WEB)[1:]}),
     (["eth1", "eth2"], {SECOND: elements(WEB), THIRD: elements(WEB)}, {SECOND: elements(WEB)})])
 def test_heirs(notes, wanted, leads):
-    """When the first interface goes, its ports lead to who will take over, in order; heirs stand by for one another."""
+    """When the first interface goes, the standby interfaces get its ports, in order, and note one another."""
     kernel = RecordingKernel(**noted(notes, elements_wanted_by=lambda chain: set(wanted[chain])))
     delete("web-1", "eth0", kernel)
     [text] = kernel.written
@@ -446,7 +446,7 @@ def test_heirs_of_replacement():
 
 
 def test_own_dead_interface():
-    """What another interface of the same container left behind, in a namespace that is gone, gives way."""
+    """Stale rules of another interface of the same container, in a namespace that is gone, are replaced."""
     table = dict.fromkeys(elements(WEB), "c/web-1/eth1")
     kernel = RecordingKernel(**holding(table, judge=dead))
     assert add(kernel) is None
@@ -490,7 +490,7 @@ def test_bound(value, refused):
 # --- the base -------------------------------------------------------------------------------------------------
 
 def base_written(comments, **keys):
-    """What ADD writes besides the attachment where the base's chains have these comments; no key: no such chain."""
+    """ADD's commands besides the attachment, if the shared chains have these comments; no key: no such chain."""
     kernel = RecordingKernel(comments=lambda chain: comments.get(chain, []), has_chain=lambda chain: chain in comments)
     error = add(kernel, **keys)
     if error:
@@ -500,7 +500,7 @@ def base_written(comments, **keys):
 
 @pytest.mark.parametrize("chain", ruleset.SHARED)
 def test_base_repaired(chain):
-    """A chain that is missing, empty, from another version, or in another order is made anew, and no other."""
+    """A chain that is missing, empty, from another version, or in another order is rewritten, and no other."""
     comments = base_comments()
     missing = {name: those for name, those in comments.items() if name != chain}
     assert base_written(missing) == base([chain])
@@ -551,7 +551,7 @@ def test_localhost(ports, keys, v4, v6):
 
 
 def test_localhost_is_open(kernel):
-    """What is open already was opened by somebody else: it is neither noted nor written."""
+    """An interface that is open already was opened by somebody else: it is neither noted nor written."""
     add(kernel)
     assert not kernel.named("set_localnet") and kernel.written[-1] == ruleset.attach(WEB)
 
@@ -565,7 +565,7 @@ def test_localhost_fails():
 
 @pytest.mark.parametrize("noted, opened", [(True, []), (False, ["cni0"])])
 def test_upgrade_notes_what_is_open(monkeypatch, noted, opened):
-    """A table of 0.1.0 does not say what was opened: whoever writes the new base notes it."""
+    """A table of 0.1.0 does not say what was opened: the call that writes the new base notes it."""
     monkeypatch.setattr("cni_portmap.linux.localhost.interfaces_of_published", lambda kernel: ["cni0"])
     old = {chain: [comment.replace(f"{ruleset.BASE_VERSION}:", "1:") for comment in comments]
            for chain, comments in base_comments().items()}
@@ -584,7 +584,7 @@ def test_repair_base():
 
 
 def test_localhost6_impossible(capfd):
-    """Where [::1] can't be opened that is one line, and no failure."""
+    """An obstacle to opening [::1] is one line, and no failure."""
     assert add(RecordingKernel(allow_localhost6="bridge-nf")) is None
     cni.tell()
     assert capfd.readouterr().err == "cni-portmap: cannot publish on [::1]: bridge-nf\n"
@@ -599,7 +599,7 @@ def test_delete_unknown(kernel):
 
 
 def test_delete():
-    """What leads to the attachment's chain goes, with the chain, in one transaction; nothing of anybody else."""
+    """The elements of the attachment's chain go with the chain, in one transaction, and nothing else."""
     table = {**dict.fromkeys(elements(WEB), CHAIN),
              ("hostports", ruleset.key_of(attachment(mapping(host_port=9)).ports[0])): OTHER}
     kernel = RecordingKernel(**holding(table))
@@ -608,7 +608,7 @@ def test_delete():
 
 
 def test_delete_race():
-    """Whom another call overtook between the look and the lock writes nothing."""
+    """A DEL that another call overtook before the lock writes nothing."""
     there = iter([True, False])
     kernel = RecordingKernel(has_chain=lambda chain: next(there))
     delete("web-1", "eth0", kernel)
@@ -639,14 +639,14 @@ HANDLES = {owner.chain: HANDLE for owner in OWNERS}
     (set(), ["c/a/eth0", "c/a/eth1", "c/b/eth0"]),
     ({("c", "eth0"), ("a", "eth2")}, ["c/a/eth0", "c/a/eth1", "c/b/eth0"])])
 def test_gc(valid, removed):
-    """What this network's attachments left behind goes; other networks' and unknown owners' stay."""
+    """Stale attachments of this network go; those of other networks and unknown owners stay."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES)
     gc("lab", valid, kernel)
     assert kernel.written == ([ruleset.detach(removed, [])] if removed else [])
 
 
 def test_gc_spares_what_was_written_meanwhile():
-    """What was listed is removed, not what has come back since under the same name."""
+    """The listed chains are removed, not those that have come back since under the same names."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES,
                              handle=lambda chain: HANDLE + (chain == "c/a/eth0"))
     gc("lab", set(), kernel)
@@ -698,7 +698,7 @@ def test_status(answers, tried):
 @pytest.mark.parametrize("answers", [{"dry_run": "Operation not permitted"}, {"fails_at": 1},
                                      {**INTACT, "comments": [""]}])
 def test_status_not_available(answers):
-    """Whatever would make ADD fail is code 50, with the reason."""
+    """Anything that would make ADD fail is code 50, with the reason."""
     kernel = RecordingKernel(**answers)
     status, document = respond("STATUS", configuration(prevResult=None), kernel, environ={})
     assert (status, document["code"]) == (1, 50) and document["msg"] and kernel.written == []
@@ -729,7 +729,7 @@ def check(kernel, *ports):
 
 
 def test_check():
-    """What ADD would have written is written elsewhere, and is what is there; nothing is written here."""
+    """CHECK writes ADD's rules elsewhere, and they equal those that are there; nothing is written here."""
     kernel, empty, _ = intact()
     assert check(kernel) is None
     assert kernel.written == [] and empty.written == [BASE + ruleset.attach(WEB)]
@@ -906,7 +906,7 @@ def other(name, *ports, ifname="eth0"):
 
 
 def test_restore(kernel):
-    """What the kernel has lost is written again: the base, then all the rest at once; then localhost is opened."""
+    """Lost rules are written again: the base, then all the rest at once; then localhost is opened."""
     kernel.answers["interface_to_open"] = "cni0"
     second = other("second", mapping(host_port=9))
     assert restore([WEB, second], kernel) == ([WEB, second], [])
@@ -929,7 +929,7 @@ def test_restore_dry_run(kernel):
 
 
 def test_restore_nothing_lost():
-    """What is there is left alone."""
+    """Rules that are in place are left alone."""
     kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), CHAIN)))
     kernel.answers["comments"] = lambda chain: base_comments().get(chain) or [""] * len([*ruleset.rules_of(WEB)])
     assert restore([WEB], kernel) == ([], []) and kernel.written == []
@@ -977,7 +977,7 @@ def test_restore_who_stands_by(damaged, order):
 
 
 def test_restore_keeps_notes():
-    """A chain that is mended still notes who will take over."""
+    """A chain that is repaired still notes its standby interfaces."""
     kernel = RecordingKernel(**noted(["eth1"]))
     kernel.answers["comments"] = lambda chain: {**base_comments(), CHAIN: ["net=lab", "also on eth1"]}.get(chain, [])
     restore([WEB], kernel)
@@ -985,7 +985,7 @@ def test_restore_keeps_notes():
 
 
 def test_restore_looks_again(kernel):
-    """What was deleted since it was read, or has come back by itself, is passed over: it is asked under the lock."""
+    """An attachment that was deleted since it was read, or has come back, is passed over, under the lock."""
     first, second = other("first"), other("second", mapping(host_port=9))
     asked = []
 
@@ -997,7 +997,7 @@ def test_restore_looks_again(kernel):
 
 
 def test_restore_judges_all_at_once():
-    """However many owners are in the way, they are judged once, without the lock."""
+    """All conflicting owners are judged once, without the lock."""
     table = {element: chain for index, chain in enumerate([OTHER, "c/third/eth0"])
              for element in elements(other("x", mapping(host_port=80 + index)))}
     kernel = RecordingKernel(**holding(table, judge=dead))
@@ -1050,7 +1050,7 @@ def test_every_call_fails(name):
 
 @pytest.mark.parametrize("fails", ["transact", "delete_flows"])
 def test_retry_after_commit(fails):
-    """Where ADD failed in or after its transaction, the next one replaces what it may have left."""
+    """The next ADD replaces what a failed one may have left."""
     first = RecordingKernel()
     second = RecordingKernel(**holding(FULL))
     first.answers[fails] = lambda *_: (_ for _ in ()).throw(cni.CniError(5, "failed"))

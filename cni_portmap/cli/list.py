@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
-    """Print a line for each rule; 1 where the port that was asked for is not published."""
+    """Print a line for each rule; 1 if the port that was asked for is not published."""
     lines = [line for line in published(kernel)
              if (options.port is None or options.port in line.host_ports)
              and (not options.container or line.container_id.startswith(options.container))

@@ -29,7 +29,7 @@ def system_error(what: str, error: OSError) -> CniError:
 
 
 def read(path: str, size: int = 1) -> bytes:
-    """The first bytes of a file, b"" where there is no such file. Raises OSError."""
+    """The first bytes of a file, b"" if there is no such file. Raises OSError."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
     except FileNotFoundError:

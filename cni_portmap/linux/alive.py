@@ -57,7 +57,7 @@ def by_namespace(owner: "Owner", sight: "Sight", leads_to: "Callable[[str], int]
 class Sight:
     """The namespaces that processes hold ("net:[4026532177]"), and the paths where some are mounted.
 
-    `obstacle`: why there may be more, "" where this process has seen all.
+    `obstacle`: why there may be more, "" if this process has seen all.
     """
 
     __slots__ = ("held", "mounted", "obstacle", "_examples", "_mounts", "_refused", "_users")

@@ -89,7 +89,7 @@ class Conntrack:
             yield Flow(answer)
 
     def delete(self, port: int, destination: bytes, target: bytes) -> bool:
-        """Let the kernel delete the IPv4 flows that `_body` describes; False where it cannot choose.
+        """Let the kernel delete the IPv4 flows that `_body` describes; False if it cannot choose.
 
         Deletion heeds filters since Linux 6.11 or so (ctnetlink_flush_conntrack), and never the ports of anything but
         TCP and UDP (ctnetlink_filter_match_tuple).

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Libnftables:
-    """A context of libnftables. `fd`: its netlink socket, -1 where that is not known."""
+    """A context of libnftables. `fd`: its netlink socket, -1 if that is not known."""
 
     def __init__(self) -> None:
         see_packages()

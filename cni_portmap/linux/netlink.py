@@ -107,7 +107,7 @@ class Socket:
         raise OSError(EINTR, "the ruleset kept changing during the dump")
 
     def ask_each(self, kind: int, bodies: "Iterable[bytes]", flags: int = 0) -> list[bytes | None]:
-        """One answer for each message, None where there is nothing of that name (ENOENT; for links ENODEV)."""
+        """One answer for each message, None if there is nothing of that name (ENOENT; for links ENODEV)."""
         answers: list[bytes | None] = []
         waiting = [*bodies]
         while waiting:
@@ -172,7 +172,7 @@ def route_interface(family: int, ip: str) -> int:
 def interface_to(family: int, ip: str) -> str:
     """The name of the interface that a container's address is directly behind.
 
-    "" where it cannot be reached yet, from here or from anywhere.
+    "" if it cannot be reached yet, from here or from anywhere.
     """
     try:
         return if_indextoname(route_interface(family, ip))
@@ -252,7 +252,7 @@ def paired_link(names: "Sequence[str]") -> tuple[str, int]:
 
 
 def link_of(index: int) -> tuple[str, bytes] | None:
-    """Name and hardware address of the link with an index, None where there is no such link."""
+    """Name and hardware address of the link with an index, None if there is no such link."""
     body = bytes(4) + index.to_bytes(4, "little") + bytes(8) + \
         attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS.to_bytes(4, "little"))  # ifinfomsg
     answer = Socket(NETLINK_ROUTE).ask_each(RTM_GETLINK, [body])[0]

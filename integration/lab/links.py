@@ -86,7 +86,7 @@ def add_route(network: str, gateway: str) -> None:
 
 
 def ipv4_gateway() -> str:
-    """The gateway of the default route for IPv4, "" where there is none."""
+    """The gateway of the default route for IPv4, "" if there is none."""
     with IPRoute() as ip:
         routes = [route.get_attr("RTA_GATEWAY") for route in ip.get_default_routes(socket.AF_INET)]
     return routes[0] if routes else ""

@@ -120,7 +120,7 @@ def sysctl(name: str, value: object) -> None:
 
 
 def br_netfilter(on: bool) -> bool:
-    """Whether this namespace's bridges hand their packets to nftables; False where the kernel cannot (no module)."""
+    """Whether this namespace's bridges hand their packets to nftables; False if the kernel cannot (no module)."""
     if pathlib.Path("/proc/sys/net/bridge").exists():
         for family in "ip", "ip6":
             sysctl(f"net.bridge.bridge-nf-call-{family}tables", int(on))

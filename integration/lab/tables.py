@@ -57,7 +57,7 @@ def keep_conntrack() -> None:
 
 
 def table() -> str:
-    """Our table as `nft` prints it, without counters; "" where there is none."""
+    """Our table as `nft` prints it, without counters; "" if there is none."""
     return nft("-s", "list", "table", *TABLE.split(), check=False)
 
 
@@ -70,7 +70,7 @@ def restored_table() -> Iterator[None]:
 
 
 def listing(what: str = f"table {TABLE}") -> list[dict[str, Any]]:
-    """`nft -j list`, without handles and counters' values; [] where there is no such thing."""
+    """`nft -j list`, without handles and counters' values; [] if there is no such thing."""
     context = nftables.Nftables()  # not kept: it belongs to the namespace in which it was made
     context.set_json_output(True)
     context.set_stateless_output(True)

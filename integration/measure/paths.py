@@ -27,7 +27,7 @@ FAILED = "ADD fails"
 
 
 def measure(executable: str, config: dict[str, Any]) -> dict[Case, str]:
-    """Whom the container saw in each case; `executable`: "" for this checkout's plugin."""
+    """The peer that the container saw in each case; `executable`: "" for this checkout's plugin."""
     seen = {}
     with tempfile.TemporaryDirectory() as folder:
         bin_dir = pathlib.Path(folder, "bin")
@@ -48,7 +48,7 @@ def measure(executable: str, config: dict[str, Any]) -> dict[Case, str]:
 
 
 def cell(path: paths.Path, family: int, seen: dict[Case, str]) -> str:
-    """What was seen on a path: most often, and where it was something else. What should not be is bold."""
+    """The peer seen on a path, the most frequent first, then the others with their settings. A failure is bold."""
     texts: dict[str, set[str]] = {}
     for (its_path, setting, its_family, _), saw in seen.items():
         if (its_path, its_family) == (path, family):

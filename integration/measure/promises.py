@@ -56,7 +56,7 @@ class Stage:
         return [_answer(call) for call in calls]
 
     def who(self, port: int, ip: str = "192.0.2.1") -> str:
-        """Who answers the client."""
+        """The server that answers the client."""
         saw = lab.exchange(self.client, ip, port, timeout=0.5)
         return saw.server if saw else "nobody"
 
@@ -283,7 +283,7 @@ PROMISES: list[tuple[str, str, Callable[[Stage], str]]] = [
 
 
 def measure(executable: pathlib.Path, config: dict[str, Any]) -> list[str]:
-    """What happened in each scenario."""
+    """The outcome of each scenario."""
     happened = []
     for _, _, scenario in PROMISES:
         with lab.fresh_host():

@@ -1,4 +1,4 @@
-"""What each runtime leaves in libcni's cache, as it was found there: cni-portmap restore understands it."""
+"""Each runtime's files in libcni's cache, as they were found there: cni-portmap restore understands them."""
 import json
 
 import lab

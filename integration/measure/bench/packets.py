@@ -1,4 +1,4 @@
-"""What a packet pays: new connections to published and unpublished ports, and a connection that lasts."""
+"""The cost of a packet: new connections to published and unpublished ports, and a connection that lasts."""
 import socket
 import statistics
 import struct

@@ -49,7 +49,7 @@ def single(subject: Subject, nodes: Nodes, verb: str) -> Callable[[], Sample]:
 
 
 def floor() -> Sample:
-    """What the interpreter takes before any of our lines."""
+    """The time of the interpreter before any of our lines."""
     yield Key(FLOOR, "", 0, ""), TimedCall(["/usr/bin/python3", "-IS", "-c", "pass"]).run()[0]
 
 

@@ -1,4 +1,4 @@
-"""What it costs to publish a port, beside netavark: a call that connects a container and publishes a port, less one
+"""The cost of publishing a port, beside netavark: a call that connects a container and publishes a port, less one
 that only connects it. netavark does both in one process, so nothing else can be compared.
 """
 import itertools

@@ -11,7 +11,7 @@ from .results import Key, Results, Summary
 
 
 class Names(NamedTuple):
-    """What the subjects are called in this run; "" for one that is not there."""
+    """The titles of the subjects in this run; "" for one that is not there."""
 
     ours: str
     nftables: str

@@ -1,4 +1,4 @@
-"""What was measured: numbers by what, how much and who; how they are taken, and what is said of them."""
+"""The measured numbers, by quantity, amount and subject: how they are taken, and how they are summarised."""
 import statistics
 import sys
 import time

@@ -1,5 +1,5 @@
-"""Who is measured: this plugin, and the reference plugin's versions and backends; how each is called, and how a node
-that has run it for long looks.
+"""The subjects: this plugin, and the reference plugin's versions and backends; how each is called, and how a node looks
+that has run it for long.
 
 A measured call is a process as a runtime starts it: from its start until its output has ended and it is reaped.
 """
@@ -69,7 +69,7 @@ def crowd(count: int) -> list[Published]:
 
 
 def configuration(subject: Subject, container: Published, version: str = "1.0.0") -> bytes:
-    """What libcni gives to the plugin that comes after `bridge`."""
+    """The input from libcni for the plugin that comes after `bridge`."""
     ips = [{"address": f"{container.ip}/16", "gateway": "10.88.0.1", "interface": 2}]
     if container.ip6:
         ips.append({"address": f"{container.ip6}/64", "gateway": "fd88::1", "interface": 2})
@@ -204,7 +204,7 @@ _BULK = {"": _our_bulk, "nftables": _reference_nftables_bulk, "iptables": _refer
 
 
 class Node:
-    """A node: its own network namespace, a bridge, one container on it, and a client on its wire."""
+    """A node: its own network namespace, a bridge, one container on it, and a client on a link."""
 
     def __init__(self, name: str) -> None:
         self.namespace = lab.Namespace(name)
