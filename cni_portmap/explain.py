@@ -56,6 +56,8 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
             part = schema.get("properties", {}).get(missing, {})
             part = root["definitions"].get(part.get("$ref", "").rpartition("/")[2], part)
             path, expected, value = f"{path}.{missing}", _description(part), None
+        elif error.validator == "not" and "description" in schema["not"]:
+            expected, value = schema["not"]["description"], error.instance
         else:
             expected, value = reason or _description(schema), error.instance
         yield path.lstrip(".") or "the configuration", value, expected

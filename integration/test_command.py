@@ -87,10 +87,10 @@ def test_gc_removes_the_dead(bin_dir, network, web):
         dead.namespace.remove()
         assert command(bin_dir, "list", "--port", 1).split()[-1] == "dead"
         before = lab.table()
-        assert "1 dead (dry run)" in command(bin_dir, "gc", "--dry-run")
+        assert "1 stale attachments (dry run)" in command(bin_dir, "gc", "--dry-run")
         assert lab.table() == before
         assert [each["container"] for each in json.loads(command(bin_dir, "gc", "--json"))] == [dead.id]
-        assert "0 dead" in command(bin_dir, "gc")
+        assert "0 stale" in command(bin_dir, "gc")
 
 
 def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):
@@ -177,7 +177,8 @@ CONFLIST = """{"cniVersion": "1.0.0", "name": "web", "plugins": [
     ("", ""), (', "snat": "yes"', "3:71: plugins[1].snat: expected true or false"),
     (', "conditionsV4": ["-p", "tcp"]', "plugins[1].conditionsV4: expected nft match text in place of"),
     (', "markMasqBit": 32', "3:78: plugins[1].markMasqBit: expected the bit"),
-    (', "markMasqBit": 3, "externalSetMarkChain": "X"', "3:3: plugins[1]"), (', "snat": tru', "3:71: JSON: expected")])
+    (', "markMasqBit": 3, "externalSetMarkChain": "X"', "3:3: plugins[1]: expected markMasqBit or"),
+    (', "snat": tru', "3:71: JSON: expected")])
 def test_validate_names_the_place_of_a_mistake(bin_dir, tmp_path, extra, where):
     """A conflist's mistakes are named with line, column, path and expectation."""
     file = tmp_path / "web.conflist"
