@@ -13,7 +13,6 @@ from .conditions import parse_conditions
 from .config import parse_mappings
 
 SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
-WHOLE = "the configuration"  # in place of a path
 
 
 def explain(config: dict[str, object], error: ConfigError) -> CniError:
@@ -57,9 +56,11 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
             part = schema.get("properties", {}).get(missing, {})
             part = root["definitions"].get(part.get("$ref", "").rpartition("/")[2], part)
             path, expected, value = f"{path}.{missing}", _description(part), None
+        elif error.validator == "not" and "description" in schema["not"]:
+            expected, value = schema["not"]["description"], error.instance
         else:
             expected, value = reason or _description(schema), error.instance
-        yield path.lstrip(".") or WHOLE, value, expected
+        yield path.lstrip(".") or "the configuration", value, expected
 
 
 def _description(schema: dict[str, object]) -> str:
