@@ -80,12 +80,17 @@ def test_list_says_what_is_missing(bin_dir, web):
     assert "unknown" in command(bin_dir, "list", "--port", 8080)
 
 
+def is_dead_soon(bin_dir, port):
+    """Whether the owner of a port is dead, once the kernel has deleted the links of a namespace that is gone."""
+    return lab.until(lambda: command(bin_dir, "list", "--port", port).split()[-1] == "dead")
+
+
 def test_gc_removes_the_dead(bin_dir, network, web):
     """gc removes what belongs to a vanished namespace, after a dry run that removes nothing."""
     with lab.restored_table():
         dead = lab.Container(network, "dead", [{"hostPort": 1, "containerPort": 1}])
         dead.namespace.remove()
-        assert command(bin_dir, "list", "--port", 1).split()[-1] == "dead"
+        assert is_dead_soon(bin_dir, 1)
         before = lab.table()
         assert "stale attachments: 1 (dry run)" in command(bin_dir, "gc", "--dry-run")
         assert lab.table() == before
@@ -133,6 +138,7 @@ def test_teardown_refuses_while_containers_are_published(bin_dir, network, web):
     """It refuses while containers are published, and names them; then it closes, and removes the table."""
     gone = lab.Container(network, "gone", [{"hostPort": 1, "containerPort": 1}])
     gone.namespace.remove()
+    assert is_dead_soon(bin_dir, 1)
     before = lab.table()
     refusal = command(bin_dir, "teardown", status=1)
     assert web.id in refusal and "--force" in refusal
