@@ -25,7 +25,7 @@ VERBS = {
     "VERSION": ("0.1.0", ()),
 }
 
-# Error codes: 1 to 99 are the specification's (section 5), 100 and above ours; docs/troubleshooting.md explains each.
+# Error codes: 1 to 99 are the specification's (section 5), 100 and above ours; the README explains each.
 INCOMPATIBLE_VERSION = 1
 INVALID_ENVIRONMENT = 4
 IO_FAILURE = 5
@@ -259,7 +259,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
     except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
         return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))
-    except BaseException as error:  # our bug: the runtime still gets its one document, and no traceback
+    except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback
         frame = error.__traceback__
         while frame and frame.tb_next:
             frame = frame.tb_next
@@ -335,6 +335,6 @@ def _write(fd: int, text: str) -> bool:
     try:
         while data:
             data = data[posix.write(fd, data):]
-    except OSError:  # closed or full: nobody reads it
+    except OSError:  # closed or full: nobody is left to tell
         return False
     return True

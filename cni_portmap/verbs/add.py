@@ -91,7 +91,7 @@ def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
 
 
 def _look_at(attachment: Attachment, kernel: "Kernel") -> None:
-    """Note by what the container will be known to live, its link and its namespace. Raises CniError(4) if it is gone.
+    """Record the link and the namespace that prove the container alive. Raises CniError(4) if it is gone.
 
     The namespace is not kept open: that would keep it alive, and its link.
     """

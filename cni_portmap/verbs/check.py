@@ -60,7 +60,7 @@ def _compare(name: str, texts: list[str], expected: "Sequence[object]", found: "
 
 
 def _check_owner(attachment: Attachment, owner: "Owner", kernel: "Kernel") -> None:
-    """Compare who is recorded with who is asked for: CniError(104) if that is another, or gone.
+    """Compare the recorded owner with the requested one: CniError(104) if it is another, or gone.
 
     One namespace has many paths (/run and /var/run, /proc/PID/ns/net), so paths are not compared. `attachment` becomes
     what ADD recorded.

@@ -1,4 +1,4 @@
-"""DEL: remove what an attachment owns; and what GC and the command need, to remove many."""
+"""DEL: remove what an attachment owns; for GC and the command, remove many."""
 from .. import ruleset
 from ..cni import TRY_AGAIN_LATER, CniError
 from .steps import detach, is_flush
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
-    """Remove all that an attachment owns, whatever it was asked to publish; nothing of anybody else."""
+    """Remove all that an attachment owns, whatever it was asked to publish, and nothing else."""
     chain = ruleset.chain_of(container_id, ifname)
     if not kernel.has_chain(chain):
         return  # most containers publish nothing, and runtimes repeat DEL
@@ -46,7 +46,7 @@ def _remove(chains: "list[str]", kernel: "Kernel", handles: "dict[str, int] | No
 
 
 def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel") -> None:
-    """Remove the chains of these owners, but those that were written anew since their `handles` were read.
+    """Remove the chains of these owners, but not those that were rewritten since their `handles` were read.
 
     Goes on after an error, one by one, and raises them all as one.
     """

@@ -1,4 +1,4 @@
-"""GC: remove the attachments that the runtime does not know any more."""
+"""GC: remove stale attachments, which the runtime does not list."""
 from .delete import remove_each
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
