@@ -42,22 +42,32 @@ class Attachment:
     `conditions`: nft match text by family. `localhost6`: whether [::1] is opened. `refuse_port_in_use`: whether a port
     that a process of the host uses is refused. `pod`: the name that people know, "shop/web-7d9f", or "". `links`: the
     interfaces of the host that prevResult names, of which `link` is the container's own, as name#index, or "".
+    `prefixes`: the networks of all of its addresses.
+
+    What the host knows of it: `on_link`: (interface of this host, prefix), from where its replies do not come back
+    through this host; None if that goes by prefix alone, as before 0.2. `left_alone`: the families whose localhost its
+    ports do not take; `ways`: by family, the interface that localhost leads through.
     """
 
     __slots__ = ("container_id", "ifname", "network", "netns", "inode", "addresses", "ports", "mark_bit",
-                 "masq_all", "conditions", "localhost6", "refuse_port_in_use", "pod", "links", "link")
+                 "masq_all", "conditions", "localhost6", "refuse_port_in_use", "pod", "links", "link",
+                 "prefixes", "on_link", "left_alone", "ways")
 
     def __init__(self, container_id: str, ifname: str, network: str, *, netns: str = "", inode: int = 0,
                  addresses: dict[int, Address] | None = None, ports: tuple[Port, ...] = (),
                  mark_bit: int | None = None, masq_all: bool = False,
                  conditions: dict[int, str] | None = None, localhost6: bool = True,
-                 refuse_port_in_use: bool = False, pod: str = "", links: tuple[str, ...] = (), link: str = "") -> None:
+                 refuse_port_in_use: bool = False, pod: str = "", links: tuple[str, ...] = (), link: str = "",
+                 prefixes: tuple[str, ...] = (), on_link: tuple[tuple[str, str], ...] | None = (),
+                 left_alone: frozenset[int] = frozenset(), ways: dict[int, str] | None = None) -> None:
         self.container_id, self.ifname, self.network = container_id, ifname, network
         self.netns, self.inode = netns, inode
         self.addresses, self.ports = addresses or {}, ports
         self.mark_bit, self.masq_all, self.conditions = mark_bit, masq_all, conditions or {}
         self.localhost6, self.refuse_port_in_use = localhost6, refuse_port_in_use
         self.pod, self.links, self.link = pod, links, link
+        self.prefixes, self.on_link, self.left_alone = prefixes, on_link, left_alone
+        self.ways = ways or {}
 
 
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, IPv4-mapped IPv6 (RFC 4291, 2.5.5.2)

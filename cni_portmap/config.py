@@ -91,7 +91,7 @@ def parse(request: Request) -> Attachment:
     given = {key: default if config.get(key) is None else read(config[key], key)
              for key, (read, default) in KEYS.items()}
     _warn_of_mark_chain(given)
-    addresses, links = _addresses(config, request.ifname)
+    addresses, prefixes, links = _addresses(config, request.ifname)
     wanted = _mappings(config)
     if request.verb in ("ADD", "CHECK"):
         if not request.prev_result:
@@ -110,7 +110,7 @@ def parse(request: Request) -> Attachment:
         conditions={4: given["conditionsV4"], 6: given["conditionsV6"]},
         localhost6=given["localhostIPv6"],
         refuse_port_in_use=given["hostPortInUse"],
-        pod=_pod(request.args) if ports else "", links=links)
+        pod=_pod(request.args) if ports else "", links=links, prefixes=prefixes)
 
 
 def _warn_of_mark_chain(given: "dict[str, Any]") -> None:
@@ -159,8 +159,9 @@ def _list(value: object, path: str) -> list[object]:
     return value
 
 
-def _addresses(config: dict[str, object], ifname: str) -> tuple[dict[int, Address], tuple[str, ...]]:
-    """The container's first IPv4 and first IPv6 address on `ifname`, or on no interface in particular.
+def _addresses(config: dict[str, object], ifname: str) \
+        -> tuple[dict[int, Address], tuple[str, ...], tuple[str, ...]]:
+    """The container's first IPv4 and first IPv6 address on `ifname`, or on no interface in particular; all prefixes.
 
     And the interfaces in no sandbox, by their names: the host's end of the container's link, a bridge.
     """
@@ -178,6 +179,7 @@ def _addresses(config: dict[str, object], ifname: str) -> tuple[dict[int, Addres
         if not sandbox and name != ifname and is_ifname(name):
             links.append(name)
     found: dict[int, Address] = {}
+    prefixes: dict[str, None] = {}
     for index, item in enumerate(_list(result.get("ips"), "prevResult.ips")):
         path = f"prevResult.ips[{index}]"
         entry = _object(item, path)
@@ -186,12 +188,14 @@ def _addresses(config: dict[str, object], ifname: str) -> tuple[dict[int, Addres
         at = -1 if at is None else _integer(at, -1 << 31, 1 << 31, f"{path}.interface")
         if not 0 <= at < len(sandboxed) or sandboxed[at]:
             found.setdefault(address.family, address)
+            prefixes[address.network] = None
     for key in "ip4", "ip6":  # results of cniVersion 0.1.0 and 0.2.0
         entry = _object(result.get(key), f"prevResult.{key}")
         if entry:
             address = parse_cidr(entry.get("ip"), f"prevResult.{key}.ip")
             found.setdefault(address.family, address)
-    return found, tuple(links)
+            prefixes[address.network] = None
+    return found, tuple(prefixes), tuple(links)
 
 
 POD_NAME_MAX = 253  # characters, as Kubernetes has it

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TABLE_NAME = "cni_portmap"
 TABLE = f"inet {TABLE_NAME}"
 COMMENT_PREFIX = "cni-portmap "  # begins the comment of each rule of SHARED, with
-BASE_VERSION = 2  # which goes up whenever SHARED changes
+BASE_VERSION = 3  # which goes up whenever SHARED changes
 COMMENT_MAX = 128  # bytes, NFTNL_UDATA_COMMENT_MAXLEN
 NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
 
@@ -41,8 +41,10 @@ MAPS = {
 }
 PROTOCOL_AND_PORT = slice(-8, None)  # of a key
 
-# The interfaces on which this plugin has set route_localnet from 0 to 1, so that it can set them back.
-OPENED = "localhost_interfaces"
+# The interfaces that this host's localhost leads through; the comment says whether this plugin has opened them, so that
+# it can close them again.
+LOCALHOST_INTERFACES = "localhost_interfaces"
+OPENED, WAS_OPEN, FOUND_OPEN = "route_localnet was 0", "route_localnet was 1", "found open"
 
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBERS.items()}
@@ -87,16 +89,28 @@ SHARED = {
         "",
         ("ip daddr . meta l4proto . th dport vmap @hostip4_hostports", "published on one IPv4 address"),
         ("ip6 daddr . meta l4proto . th dport vmap @hostip6_hostports", "published on one IPv6 address"),
+        ("ip daddr 127.0.0.53-127.0.0.54 return", "the host's own resolver (systemd-resolved)"),
         ("meta nfproto . meta l4proto . th dport vmap @hostports", "published on every address")),
     "guard": Shared(
         "type filter hook prerouting priority raw; policy accept;",
-        ("iiftype != loopback ip daddr 127.0.0.0/8 counter drop", "no wire leads to our loopback (CVE-2020-8558)"),
-        ("iiftype != loopback ip saddr 127.0.0.0/8 counter drop", "nor comes from it"),
+        ("ip daddr 127.0.0.0/8 iifname @localhost_interfaces counter drop",
+         "drop external packets to 127.0.0.0/8 (CVE-2020-8558)"),
+        ("ip saddr 127.0.0.0/8 iifname @localhost_interfaces counter drop", "drop external packets from 127.0.0.0/8"),
         # The kernel's own check of ::1 comes after prerouting where br_netfilter runs that hook on the bridge.
-        ("iiftype != loopback ip6 daddr ::1 counter drop", "the same for IPv6, which br_netfilter opens"),
-        ("iiftype != loopback ip6 saddr ::1 counter drop", "nor comes from it")),
-    "prerouting": Shared("type nat hook prerouting priority dstnat; policy accept;",
-                         ("fib daddr type local goto dispatch", "from the network and from containers")),
+        ("ip6 daddr ::1 iiftype != loopback counter drop", "drop external packets to ::1"),
+        ("ip6 saddr ::1 iiftype != loopback counter drop", "drop external packets from ::1")),
+    "guard_input": Shared(
+        "type filter hook input priority raw; policy accept;",
+        ("ip daddr 127.0.0.0/8 ct direction reply return", "replies to this host's localhost"),
+        ("ip daddr 127.0.0.0/8 iifname @localhost_interfaces counter drop",
+         "drop what source routes lead to 127.0.0.0/8"),
+        ("ip6 daddr ::1 ct direction reply return", "replies to this host's localhost"),
+        ("ip6 daddr ::1 iiftype != loopback counter drop", "drop what source routes lead to ::1")),
+    "prerouting": Shared(
+        "type nat hook prerouting priority dstnat; policy accept;",
+        ("ip daddr 127.0.0.0/8 return", "external packets to 127.0.0.0/8 are never forwarded"),
+        ("ip6 daddr ::1 return", "external packets to ::1 are never forwarded"),
+        ("fib daddr type local goto dispatch", "from the network and from containers")),
     "output": Shared("type nat hook output priority -100; policy accept;",
                      ("fib daddr type local goto dispatch", "from this host")),
     "postrouting": Shared("type nat hook postrouting priority srcnat; policy accept;", varies=_masquerades),
@@ -276,19 +290,24 @@ def _map(name: str, elements: str = "") -> str:
 
 def _set(elements: str = "") -> str:
     # typeof: a set that nft 1.1.2 or newer has written with `type` makes an older nft crash
-    return f"add set {TABLE} {OPENED} {{ typeof iifname; {elements}}}"
+    return f"add set {TABLE} {LOCALHOST_INTERFACES} {{ typeof iifname; {elements}}}"
 
 
-def note_opened(interfaces: "Iterable[str]") -> str:
-    """The command that notes the interfaces (names) that are about to be opened to localhost."""
-    notes = ", ".join(f'"{name}" comment "route_localnet was 0"' for name in interfaces)
+def note_interfaces(interfaces: "Mapping[str, str]") -> str:
+    """The command that notes interfaces (names) that localhost leads through, each with its comment."""
+    notes = ", ".join(f'"{name}" comment "{comment}"' for name, comment in interfaces.items())
     return _set(f"elements = {{ {notes} }}; ") + "\n" if notes else ""
 
 
-def forget_opened(interfaces: "Iterable[str]") -> str:
+def key_of_interface(name: str) -> bytes:
+    """The key of an interface in that set, as the kernel has it."""
+    return name.encode().ljust(16, b"\0")
+
+
+def forget_interfaces(interfaces: "Iterable[str]") -> str:
     """The command that removes the notes of interfaces (names) that are gone."""
     names = ", ".join(f'"{name}"' for name in interfaces)
-    return f"delete element {TABLE} {OPENED} {{ {names} }}\n" if names else ""
+    return f"delete element {TABLE} {LOCALHOST_INTERFACES} {{ {names} }}\n" if names else ""
 
 
 def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = ()) -> str:
@@ -354,6 +373,8 @@ def rules_of(attachment: Attachment) -> "Iterator[str]":
     for index, part in enumerate(record_of(attachment)):
         yield f'{"continue" if index else "counter"} comment "{part}"'
     yield from _marks(attachment)
+    for family in sorted(attachment.left_alone):
+        yield f'{_IP[family]} daddr {LOCALHOST[family]} return comment "{_LEFT_ALONE} (IPv{family})"'
     for family, address in sorted(attachment.addresses.items()):
         groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
         for port in attachment.ports:
@@ -376,8 +397,53 @@ def _marks(attachment: Attachment) -> "Iterator[str]":
         yield mark
         return
     for family, address in sorted(attachment.addresses.items()):
-        yield f"{_IP[family]} saddr {'127.0.0.0/8' if family == 4 else '::1'} {mark}"  # from this host's localhost
-        yield f"{_IP[family]} saddr {address.network} {mark}"  # from the container itself, and its neighbours
+        if attachment.on_link is None:  # as before 0.2
+            yield f"{_IP[family]} saddr {LOCALHOST[family]} {mark}"
+            yield f"{_IP[family]} saddr {address.network} {mark}"
+        else:
+            yield f"oiftype loopback {_IP[family]} saddr {LOCALHOST[family]} {mark}"  # from this host's localhost
+    if attachment.on_link is None:
+        return
+    for interface, prefix in attachment.on_link:
+        yield on_link_rule(interface, prefix, attachment.mark_bit)
+    for family, address in sorted(attachment.addresses.items()):
+        if not any((":" in prefix) == (family == 6) for _, prefix in attachment.on_link):
+            yield f"{_IP[family]} saddr {address.ip} {mark}"  # no interface leads there (yet); the container itself
+
+
+LOCALHOST = {4: "127.0.0.0/8", 6: "::1"}
+_ON_LINK, _LEFT_ALONE = "on-link ", "localhost is left to this host"
+
+
+def on_link_rule(interface: str, prefix: str, mark_bit: int) -> str:
+    """The rule that masquerades those whom the container answers without this host: by interface and source."""
+    ip = "ip6" if ":" in prefix else "ip"
+    return f'iifname "{interface}" {ip} saddr {prefix} meta mark set meta mark | {1 << mark_bit:#x} ' \
+        f'comment "{_ON_LINK}{interface} {prefix}"'
+
+
+def on_link_of(comments: "Iterable[str]") -> tuple[tuple[str, str], ...]:
+    """The (interface, prefix) of a chain's rules, by their comments; only what this plugin could have written."""
+    pairs = (comment[len(_ON_LINK):].partition(" ")[::2] for comment in comments if comment.startswith(_ON_LINK))
+    return tuple((name, prefix) for name, prefix in pairs if is_ifname(name) and _PREFIX.issuperset(prefix))
+
+
+_PREFIX = frozenset("0123456789abcdef.:/")
+
+
+def left_alone_of(comments: "Iterable[str]") -> frozenset[int]:
+    """The families whose localhost a chain leaves alone, by the comments of its rules."""
+    return frozenset(family for family in (4, 6) if f"{_LEFT_ALONE} (IPv{family})" in {*comments})
+
+
+def share_on_link(chain: str, comments: "list[str]", pairs: "Iterable[tuple[str, str]]", mark_bit: int) -> str:
+    """Commands that let a chain with these comments masquerade these, too: of the container's other interfaces."""
+    known = on_link_of(comments)
+    if not known:
+        return ""
+    at = next(index for index, comment in enumerate(comments) if comment.startswith(_ON_LINK))
+    return "".join(f"insert rule {TABLE} {chain} index {at} {on_link_rule(*pair, mark_bit)}\n"
+                   for pair in pairs if pair not in known)
 
 
 MANY = 8  # shifted ports. Above, one rule with a map; below, rules, because a map costs libnftables a round trip.

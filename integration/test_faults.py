@@ -211,7 +211,8 @@ def test_every_call_fails(host, verb, tmp_path):
 
     def reset() -> None:
         fork("DEL" if verb == "ADD" else "ADD", web)
-        lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
+        if verb == "ADD":
+            lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
 
     fork("ADD", OTHER)
     fork("ADD", web)
@@ -430,7 +431,8 @@ def test_poor_environment(host, name, verb, tmp_path_factory):
         lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
         if verb != "ADD":
             host.add(WEB)
-        lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
+        else:
+            lab.sysctl("net.ipv4.conf.to-web.route_localnet", 0)
         before = lab.state()
         what = GcCall("net") if verb in ("GC", "STATUS") else WEB
         if verb == "ADD":

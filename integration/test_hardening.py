@@ -10,21 +10,21 @@ import pytest
 from lab.paths import EVERY, LOCAL, OWN, WEB
 
 NEIGHBOUR, MACHINE = "hostile neighbour", "client"
-DEVICES = {NEIGHBOUR: "cni0", MACHINE: "to-lan-client"}  # the host's end of their links
-# When a datagram arrives. What never does, Linux refuses by itself; with br_netfilter our translation of a neighbour's
-# datagram comes before that refusal.
-UNGUARDED, NEVER, ALWAYS, BRIDGED = "without the guard", "never", "always", "without the guard, with br_netfilter"
+DEVICES = {NEIGHBOUR: "cni0", MACHINE: "to-lan-client"}  # the host's end of their wires
+# When a datagram arrives. What never does, Linux refuses by itself, since nothing translates what a wire sends to
+# localhost, and nothing masquerades what comes from there.
+UNGUARDED, NEVER, ALWAYS = "without the guard", "never", "always"
 
 # Datagrams made by hand: who sends, with which source and destination, to which port; when it arrives.
 FORGED = [
     (MACHINE, "192.0.2.2", "192.0.2.1", EVERY, ALWAYS),
-    (MACHINE, "192.0.2.2", "127.0.0.1", EVERY, UNGUARDED),
-    (MACHINE, "192.0.2.2", "127.0.0.1", LOCAL, UNGUARDED),
+    (MACHINE, "192.0.2.2", "127.0.0.1", EVERY, NEVER),
+    (MACHINE, "192.0.2.2", "127.0.0.1", LOCAL, NEVER),
     (MACHINE, "192.0.2.2", "127.0.0.1", OWN, NEVER),
     (MACHINE, "127.7.7.7", "192.0.2.1", EVERY, NEVER),
     (MACHINE, "127.0.0.1", "127.0.0.1", LOCAL, NEVER),
-    (NEIGHBOUR, "10.88.0.4", "127.0.0.1", EVERY, UNGUARDED),
-    (NEIGHBOUR, "10.88.0.4", "127.0.0.1", LOCAL, UNGUARDED),
+    (NEIGHBOUR, "10.88.0.4", "127.0.0.1", EVERY, NEVER),
+    (NEIGHBOUR, "10.88.0.4", "127.0.0.1", LOCAL, NEVER),
     (NEIGHBOUR, "10.88.0.4", "127.0.0.1", OWN, UNGUARDED),
     (NEIGHBOUR, "127.7.7.7", "192.0.2.1", EVERY, NEVER),
     (NEIGHBOUR, "127.7.7.7", "127.0.0.1", OWN, UNGUARDED),
@@ -35,11 +35,11 @@ FORGED = [
     (MACHINE, "2001:db8::2", "::1", OWN, NEVER),
     (MACHINE, "::1", "2001:db8::1", EVERY, NEVER),
     (MACHINE, "::1", "::1", LOCAL, NEVER),
-    (NEIGHBOUR, "fd88::4", "::1", EVERY, BRIDGED),
-    (NEIGHBOUR, "fd88::4", "::1", LOCAL, BRIDGED),
+    (NEIGHBOUR, "fd88::4", "::1", EVERY, NEVER),
+    (NEIGHBOUR, "fd88::4", "::1", LOCAL, NEVER),
     (NEIGHBOUR, "fd88::4", "::1", OWN, NEVER),
-    (NEIGHBOUR, "::1", "2001:db8::1", EVERY, BRIDGED),
-    (NEIGHBOUR, "::1", "::1", LOCAL, BRIDGED),
+    (NEIGHBOUR, "::1", "2001:db8::1", EVERY, NEVER),
+    (NEIGHBOUR, "::1", "::1", LOCAL, NEVER),
 ]
 
 
@@ -74,20 +74,20 @@ def test_forged_packets_do_not_pass(site, forged):
     *datagram, when = forged
     before = guard_drops()
     assert arrives(site, *datagram) == (when == ALWAYS)
-    # IPv6 itself drops ::1 from a link, before the guard; but not before br_netfilter
-    seen = ":" not in forged[1] or (site.setting.br_netfilter and forged[0] == NEIGHBOUR)
+    # It guards the containers' interfaces. IPv6 itself refuses ::1 on a wire before it, but not before br_netfilter.
+    seen = forged[0] == NEIGHBOUR and (":" not in forged[1] or site.setting.br_netfilter)
     assert guard_drops() - before == (when != ALWAYS and seen)
 
 
 def test_a_vanished_guard_is_noticed_and_repaired(site):
     """Without the guard CHECK fails and forged datagrams arrive; the next ADD of any container ends that."""
-    unguarded = (UNGUARDED, ALWAYS, BRIDGED) if site.setting.br_netfilter else (UNGUARDED, ALWAYS)
-    for how in "delete chain inet cni_portmap guard", "flush chain inet cni_portmap guard":
-        lab.nft(*how.split())
+    for how in "delete", "flush":
+        for chain in "guard", "guard_input":
+            lab.nft(how, "chain", "inet", "cni_portmap", chain)
         with pytest.raises(lab.CniFailed, match="guard"):
             site.container.check()
         for *datagram, when in FORGED:
-            assert arrives(site, *datagram) == (when in unguarded), datagram
+            assert arrives(site, *datagram) == (when in (UNGUARDED, ALWAYS)), datagram
         with site.publish("next", [{"hostPort": 7100, "containerPort": WEB}]):
             site.container.check()
             for *datagram, when in FORGED:

@@ -43,7 +43,7 @@ class Owned(NamedTuple):
 
 NOBODY = Owned("", "", "", (), frozenset(), frozenset())
 State = dict[str, Owned]  # by chain
-BASE = frozenset(("dispatch", "guard", "prerouting", "output", "postrouting"))
+BASE = frozenset(("dispatch", "guard", "guard_input", "prerouting", "output", "postrouting"))
 
 
 class Model:  # noqa: PLW1641  # compared, never in a set
@@ -297,6 +297,11 @@ class World:
         lab.start_fork(verb, what, stop_at=instant).answer()
         bases = [Model(self.model.owned, model.base) for model in expected]  # ADD repairs the base first
         self.settle([self.model, *expected, *bases])
+        if verb == "ADD" and isinstance(what, Pod):  # localhost is opened last
+            device = self.devices[int(what.id[1:])]
+            pathlib.Path(f"/proc/sys/net/ipv4/conf/{device}/route_localnet").write_text("1")
+            lab.run("ip", "-6", "route", "append", "local", "::1", "dev", device, "table", "local", "proto", "static",
+                    "metric", "4096", check=False)
 
     def race(self) -> None:
         """Calls at the same time: answers and outcome are those of one order or another."""

@@ -21,14 +21,15 @@ def example() -> Attachment:
         ports += [Port(family, "tcp", "", 8080, 80), *(Port(family, "udp", "", p, p) for p in range(9000, 9004))]
     return Attachment("6f1c0a2b9d3e", "eth0", "web", netns="/run/netns/cni-1b9d6bcd", inode=4026532177, mark_bit=13,
                       addresses={4: Address(4, "10.88.0.2", "10.88.0.0/16"), 6: Address(6, "fd88::2", "fd88::/64")},
-                      ports=tuple(ports), pod="shop/web-7d9f", link="veth5c1e09d2#12")
+                      ports=tuple(ports), pod="shop/web-7d9f", link="veth5c1e09d2#12",
+                      on_link=(("cni0", "10.88.0.0/16"), ("cni0", "fd88::/64")))
 
 
 def test_the_ruleset_shown_is_the_one_that_add_writes():
     """The ruleset in docs/ruleset.md is the one that ADD writes."""
     listings = []
     shared = ruleset.base({name: ruleset.shared_rules(name, []) for name in ruleset.SHARED})
-    written = shared + ruleset.attach(example()) + ruleset.note_opened(["cni0"])
+    written = shared + ruleset.attach(example()) + ruleset.note_interfaces({"cni0": ruleset.OPENED})
     for index, script in enumerate((SHOWN, written)):
         with lab.Namespace(f"readme{index}"):
             lab.nft_script(script)

@@ -10,6 +10,7 @@ from unittest import mock
 from cni_portmap import cni, config, explain, plugin, ruleset
 from cni_portmap.attachment import Attachment
 from cni_portmap.linux.kernel import Kernel
+from cni_portmap.verbs.steps import survey
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIABLES = {"CNI_CONTAINERID": "web-1", "CNI_NETNS": "/run/netns/web", "CNI_IFNAME": "eth0"}
@@ -39,9 +40,11 @@ class RecordingKernel:
                                        "handle": lambda chain: HANDLE, "handles": {}, "is_dormant": False,
                                        "snapshot": [],
                                        "references": 0, "dry_run": "", "port_in_use": False, "allow_localhost6": "",
+                                       "way_to": ("cni0", True, []), "localhost_obstacle": "", "localnet": True,
+                                       "is_noted": True, "has_localhost6": True,
                                        "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
-                                       "local_addresses": set(), "interface_to_open": "", "opened_and_gone": [],
-                                       "notes_opened": True, "has_table": True}
+                                       "local_addresses": set(), "noted_and_gone": [],
+                                       "notes_interfaces": True, "has_table": True}
 
     def __init__(self, fails_at: int = 0, **answers: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -95,10 +98,11 @@ def request(verb: str = "ADD", version: str = "1.0.0", environ: dict[str, str] =
 
 
 def attachment(*ports: dict[str, Any], environ: dict[str, str] = VARIABLES, **keys: Any) -> Attachment:
-    """The attachment that the plugin reads from a configuration with these port mappings and keys."""
+    """What the plugin reads from a configuration with these port mappings and keys, where cni0 leads to it."""
     asked = request(environ=environ, runtimeConfig={"portMappings": [*ports]}, **keys)
     found: Attachment = explained(config.parse, asked)
     found.inode = INODE
+    survey(found, RecordingKernel())  # type: ignore[arg-type]  # it stands in for one
     return found
 
 

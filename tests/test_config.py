@@ -389,7 +389,8 @@ def test_pod(args, pod):
 
 
 @pytest.mark.parametrize("interfaces, links", [
-    ([], ()), (None, ()), ([{"name": "cni0"}, {"name": "veth1"}, {"name": "eth0", "sandbox": "/n"}], ("cni0", "veth1")),
+    ([], ()), (None, ()),
+    ([{"name": "cni0"}, {"name": "veth1"}, {"name": "eth0", "sandbox": "/n"}], ("cni0", "veth1")),
     ([{"name": "eth0", "sandbox": "/n"}], ()), ([{"name": "veth1", "sandbox": ""}], ("veth1",)),
     ([{"name": "x" * 16}, {"name": "a/b"}, {"name": "a\"b"}, {"mac": ""}], ())])
 def test_links_of_the_host(interfaces, links):

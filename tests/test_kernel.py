@@ -30,7 +30,8 @@ class Broken:
 READS = {"has_chain": ["x"], "comments": ["x"], "owner": ["x"], "owners": [], "rules": [],
          "lookup": [[("hostports", bytes(12))]], "elements": [], "owned_elements": [["x"]], "targets": [["x"]],
          "owners_of_port": ["hostports", [bytes(8)]], "snapshot": ["x"], "references": ["x"], "is_dormant": [],
-         "set_elements": [b"x\0"], "has_table": [], "notes_opened": [], "opened": [], "opened_and_gone": [],
+         "set_elements": [b"x\0"], "has_table": [], "notes_interfaces": [], "noted": [], "noted_and_gone": [],
+         "is_noted": ["x"],
          "dnat_rules": ["x"], "elements_wanted_by": ["x"]}
 
 
@@ -412,77 +413,94 @@ def test_port_in_use_elsewhere():
 
 @pytest.fixture
 def sysctl(monkeypatch, tmp_path):
-    """route_localnet of the interface cni0, which a route leads to, as a temporary file."""
-    monkeypatch.setattr(netlink, "route_interface", lambda family, ip: 7)
-    monkeypatch.setattr(netlink, "if_indextoname", lambda index: "cni0")
+    """route_localnet of interfaces, as temporary files; the one of `all` is 0."""
     monkeypatch.setattr(kernel, "_localnet", lambda interface: str(tmp_path / f"{interface}-route_localnet"))
+    (tmp_path / "all-route_localnet").write_text("0\n")
     return tmp_path / "cni0-route_localnet"
 
 
-def test_interface_to_open(sysctl):
-    """The interface is named where it is closed, and nothing is written by asking."""
-    for value, name in ("0\n", "cni0"), ("1\n", ""):
-        sysctl.write_text(value)
-        assert Kernel().interface_to_open("10.88.0.2") == name
-        assert Kernel().interface_to_open("10.88.0.2", True) == "cni0"
-        assert sysctl.read_text() == value and Kernel().localnet("cni0") == (not name)
-
-
-def test_set_localnet(sysctl):
-    """It is opened and closed."""
+def test_the_greater_of_both_sysctls_counts(sysctl):
+    """An interface is open by its own value, or by that of all."""
     sysctl.write_text("0\n")
+    assert not Kernel().localnet("cni0") and Kernel().localhost_obstacle(4, "cni0") == ""
     for value in True, False:
         Kernel().set_localnet("cni0", value)
         assert Kernel().localnet("cni0") == value
+    sysctl.with_name("all-route_localnet").write_text("1\n")
+    assert Kernel().localnet("cni0")
 
 
-def test_cannot_open(sysctl, monkeypatch):
-    """The error names the file that can't be set; without a route there is nothing to set."""
-    for failing in (lambda: Kernel().interface_to_open("10.88.0.2"), lambda: Kernel().set_localnet("cni0", True)):
-        with pytest.raises(CniError, match=r"cannot write 1 to .*route_localnet") as caught:
-            failing()
-        assert caught.value.code == 5
-
-    def no_route(family, ip):
-        raise OSError(101, "no route")
-    monkeypatch.setattr(netlink, "route_interface", no_route)
-    assert Kernel().interface_to_open("10.88.0.2") == ""
-
-
-def test_odd_interface(sysctl, monkeypatch):
-    """The kernel takes names that nft text does not: such an interface is not opened, since it can't be noted."""
-    monkeypatch.setattr(netlink, "if_indextoname", lambda index: 'x";drop')
-    with pytest.raises(CniError, match="x") as caught:
-        Kernel().interface_to_open("10.88.0.2")
+def test_a_sysctl_that_cannot_be_written_is_named(sysctl):
+    """As an obstacle where it is asked, as an error where it is written; where it is open already there is neither."""
+    assert "cannot write 1 to" in Kernel().localhost_obstacle(4, "cni0")
+    with pytest.raises(CniError, match=r"cannot write 1 to .*route_localnet") as caught:
+        Kernel().set_localnet("cni0", True)
     assert caught.value.code == 5
+    sysctl.with_name("all-route_localnet").write_text("1\n")
+    assert Kernel().localhost_obstacle(4, "cni0") == ""
 
 
-def test_opened():
+@pytest.mark.parametrize("links, kind, master, leads", [
+    (["cni0"], "bridge", 0, True), (["veth1"], "bridge", 7, True), (["veth1"], "bridge", 8, False),
+    ([], "bridge", 0, True), ([], "veth", 0, True), ([], "", 0, False), ([], "uplink", 0, False)])
+def test_what_leads_to_the_container(monkeypatch, links, kind, master, leads):
+    """An interface that its result names, or its bridge; without any a bridge or a pair, and never the uplink."""
+    for name, value in {"route_interface": lambda family, ip: 7, "uplink": lambda family: 7 * (kind == "uplink"),
+                        "link_kind": lambda index: "veth" if kind == "uplink" else kind,
+                        "master_of": lambda name: master,
+                        "prefixes_of": lambda family, index: ["10.88.0.0/16"]}.items():
+        monkeypatch.setattr(netlink, name, value)
+    monkeypatch.setattr(kernel, "if_indextoname", lambda index: "cni0")
+    assert Kernel().way_to(4, "10.88.0.2", links) == ("cni0", leads, ["10.88.0.0/16"])
+
+
+@pytest.mark.parametrize("code, name", [(101, "cni0"), (97, "cni0"), (0, 'x";drop'), (24, "")])
+def test_no_way_to_the_container(monkeypatch, code, name):
+    """No route, no IPv6, or a name that nft text cannot hold is no way; a fault of the system is an error."""
+    def route(family, ip):
+        if code:
+            raise OSError(code, "no")
+        return 7
+    monkeypatch.setattr(netlink, "route_interface", route)
+    monkeypatch.setattr(kernel, "if_indextoname", lambda index: name)
+    if code == 24:
+        with pytest.raises(CniError, match="Too many open files"):
+            Kernel().way_to(4, "10.88.0.2", [])
+    else:
+        assert Kernel().way_to(4, "10.88.0.2", []) == ("", False, [])
+
+
+def test_noted():
     """The names that the table notes; others may have written there what is no name, or none of an interface."""
     keys = [name.ljust(16, b"\0") for name in (b"lo", b"nobody0", b"../all", b"a;b", b"\xff", b"")]
-    host = reading(_dump=lambda kind, body: [bytes(4) + nested(3, *(nested(1, nested(1, attribute(1, key)))
+    comment = attribute(6, b"\x00\x02x\0")
+    host = reading(_dump=lambda kind, body: [bytes(4) + nested(3, *(nested(1, nested(1, attribute(1, key)), comment)
                                                                     for key in keys))])
-    assert (host.opened(), host.opened_and_gone()) == (["lo", "nobody0"], ["nobody0"])
+    assert (host.noted(), host.noted_and_gone()) == ({"lo": "x", "nobody0": "x"}, ["nobody0"])
 
 
-@pytest.mark.parametrize("bridged, kind, code, says", [
-    (b"", "bridge", 0, ""), (b"0", "bridge", 0, ""), (b"1", "veth", 0, ""),
-    (b"1", "bridge", 0, "bridge-nf-call-ip6tables"), (b"0", "bridge", 95, "no local route")])
-def test_allow_localhost6(monkeypatch, bridged, kind, code, says):
-    """The route is added, or the obstacle named: a bridge whose replies are translated too early, or no IPv6."""
+@pytest.mark.parametrize("bridged, kind, says", [
+    (b"", "bridge", ""), (b"0", "bridge", ""), (b"1", "veth", ""), (b"1", "bridge", "bridge-nf-call-ip6tables")])
+def test_localhost6_on_a_bridge(monkeypatch, bridged, kind, says):
+    """A bridge whose replies are translated too early is an obstacle."""
+    monkeypatch.setattr(kernel, "read", lambda path: bridged)
+    monkeypatch.setattr(netlink, "link_kind", lambda index: kind)
+    found = Kernel().localhost_obstacle(6, "lo")
+    assert says in found and bool(found) == bool(says)
+
+
+@pytest.mark.parametrize("code, says", [(0, ""), (95, "no local route")])
+def test_allow_localhost6(monkeypatch, code, says):
+    """The route is added, or the obstacle named."""
     added = []
 
     def add(*route):
         added.append(route)
         if code:
             raise OSError(code, "no")
-    monkeypatch.setattr(kernel, "read", lambda path: bridged)
-    for name, value in {"route_interface": lambda family, ip: 7, "link_kind": lambda index: kind,
-                        "add_local_route": add}.items():
-        monkeypatch.setattr(netlink, name, value)
-    found = Kernel().allow_localhost6("fd88::2")
-    assert says in found and bool(found) == bool(says)
-    assert added == [("::1", 7, 4096)] * (says != "bridge-nf-call-ip6tables")
+    monkeypatch.setattr(netlink, "add_local_route", add)
+    found = Kernel().allow_localhost6("lo")
+    assert says in found and bool(found) == bool(says) and added == [("::1", 1, 4096)]
 
 
 class Conntrack:

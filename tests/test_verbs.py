@@ -1,5 +1,6 @@
 """The verbs, against a kernel that only records: what is asked and written, in which order, and what if it fails."""
 import contextlib
+import re
 import socket
 import types
 
@@ -16,6 +17,7 @@ from cni_portmap.verbs.restore import prune, restore
 from cni_portmap.verbs.steps import repair_shared_chains
 
 WEB = attachment(PORT)
+CLOSED = {"localnet": False, "is_noted": False}
 BASE = base()
 INTACT = {"comments": lambda chain: base_comments().get(chain, []), "has_chain": lambda chain: chain in ruleset.SHARED}
 OTHER = "c/other/eth0"
@@ -65,9 +67,9 @@ def test_first_add(kernel):
 
     What it opens is noted before, so that somebody can close it whenever this process dies.
     """
-    kernel.answers["interface_to_open"] = "cni0"
+    kernel.answers.update(CLOSED)
     assert add(kernel) is None
-    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.note_opened(["cni0"])]
+    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.note_interfaces({"cni0": ruleset.OPENED})]
     assert kernel.named("transact", "set_localnet")[-1] == ("set_localnet", "cni0", True)
 
 
@@ -92,14 +94,14 @@ def test_old_libnftables():
 
 def test_add_order():
     """Rules are read and written and localhost is opened under the lock; connections are forgotten after."""
-    kernel = RecordingKernel(**INTACT, interface_to_open="cni0")
+    kernel = RecordingKernel(**INTACT, **CLOSED)
     add(kernel, mapping(protocol="udp"), conditionsV4=["ip saddr 10.0.0.1"])
     order = [call[0] for call in kernel.calls]
     lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
-    assert set(order[:lock]) == {"namespace", "link", "dry_run"}
-    assert order[transact + 1:unlock] == ["set_localnet", "allow_localhost6"]
+    assert set(order[:lock]) == {"namespace", "link", "dry_run", "way_to", "localhost_obstacle"}
+    assert order[transact + 1:unlock] == ["localnet", "set_localnet", "allow_localhost6"]
     assert set(order[unlock + 1:]) == {"delete_flows"}
-    assert {"interface_to_open", "lookup", "comments"} <= set(order[lock:transact])
+    assert {"is_noted", "lookup", "comments"} <= set(order[lock:transact])
 
 
 def test_add_again():
@@ -506,7 +508,7 @@ def test_base_repaired(chain):
     assert base_written(missing) == base([chain])
     damaged = [[], comments[chain][:-1], [comment.replace(f"portmap {ruleset.BASE_VERSION}", "portmap 0")
                                           for comment in comments[chain]],
-               [*reversed(comments[chain])] if len(comments[chain]) > 1 else []]
+               [*reversed(comments[chain])] if len({*comments[chain]}) > 1 else []]
     for those in damaged:
         assert base_written({**comments, chain: those}) == base((), (chain,))
 
@@ -542,36 +544,72 @@ def test_base_mark_bits():
     ([{}], {"prevResult": {"ips": [{"address": "fd88::2/64"}]}}, False, True)])
 def test_localhost(ports, keys, v4, v6):
     """Localhost is opened towards the container only where it is published there, and replies can be masqueraded."""
-    kernel = RecordingKernel(interface_to_open="cni0")
+    kernel = RecordingKernel(**CLOSED)
     add(kernel, *(mapping(**port) for port in ports), **keys)
-    assert kernel.named("interface_to_open") == [("interface_to_open", "10.88.0.2", False)] * v4
     assert kernel.named("set_localnet") == [("set_localnet", "cni0", True)] * v4
-    assert ruleset.note_opened(["cni0"] * v4) in kernel.written[-1]
-    assert kernel.named("allow_localhost6") == [("allow_localhost6", "fd88::2")] * v6
+    assert (ruleset.LOCALHOST_INTERFACES + " { typeof iifname; elements" in kernel.written[-1]) == v4
+    assert kernel.named("allow_localhost6") == [("allow_localhost6", "cni0")] * v6
 
 
-def test_localhost_is_open(kernel):
-    """An interface that is open already was opened by somebody else: it is neither noted nor written."""
+def test_an_interface_that_is_open_already_is_guarded_and_stays_open():
+    """Somebody else has opened it: it is noted, so that it is guarded, with a comment that it was open."""
+    kernel = RecordingKernel(**INTACT, is_noted=False)
     add(kernel)
-    assert not kernel.named("set_localnet") and kernel.written[-1] == ruleset.attach(WEB)
+    assert kernel.written == [ruleset.attach(WEB) + ruleset.note_interfaces({"cni0": ruleset.WAS_OPEN})]
+    assert not kernel.named("set_localnet")
 
 
-def test_localhost_fails():
-    """An interface that cannot be opened fails ADD before the attachment is written."""
-    kernel = RecordingKernel(**INTACT)
-    kernel.answers["interface_to_open"] = lambda *_: (_ for _ in ()).throw(cni.CniError(5, "read-only"))
-    assert add(kernel).code == 5 and not kernel.written
+def test_an_interface_that_is_closed_again_is_opened_again():
+    """Its note is there still."""
+    kernel = RecordingKernel(**INTACT, localnet=False)
+    add(kernel)
+    assert kernel.written == [ruleset.attach(WEB)] and len(kernel.named("set_localnet")) == 1
 
 
-@pytest.mark.parametrize("noted, opened", [(True, []), (False, ["cni0"])])
-def test_upgrade_notes_what_is_open(monkeypatch, noted, opened):
-    """A table of 0.1.0 does not say what was opened: the call that writes the new base notes it."""
+@pytest.mark.parametrize("answers, keys, code, left_alone", [
+    ({"localhost_obstacle": lambda family, name: "read-only" if family == 4 else ""}, {}, 0, {4}),
+    ({"localhost_obstacle": lambda family, name: "br_netfilter" if family == 6 else ""}, {}, 0, {6}),
+    ({"localhost_obstacle": "read-only"}, {"host_ip": "127.0.0.1"}, 5, None),
+    ({"localhost_obstacle": "br_netfilter"}, {"host_ip": "::1"}, 0, {6}),
+    ({"localhost_obstacle": "read-only"}, {"host_ip": "192.0.2.1"}, 0, set()),
+    ({"way_to": ("eth0", False, [])}, {"host_ip": "127.0.0.1"}, 0, {4}), ({"way_to": ("", False, [])}, {}, 0, {4, 6})])
+def test_localhost_that_cannot_be_reached_is_left_alone(capfd, answers, keys, code, left_alone):
+    """That is a line on stderr, or an error where a port is published there alone and the system refuses."""
+    kernel = RecordingKernel(**INTACT, **CLOSED, **answers)
+    error = add(kernel, mapping(**keys))
+    cni.tell()
+    said = capfd.readouterr().err
+    assert (error.code if error else 0) == code and said.count("cannot publish on") == len(left_alone or ())
+    if left_alone is None:
+        assert not kernel.written
+        return
+    for family, rule in (4, "ip daddr 127.0.0.0/8 return"), (6, "ip6 daddr ::1 return"):
+        assert (rule in kernel.written[0]) == (family in left_alone)
+        assert not (family in left_alone and kernel.named("set_localnet" if family == 4 else "allow_localhost6"))
+
+
+def test_masquerading_goes_by_interface_and_source():
+    """Every network of the container's addresses and of its interface; the container itself where none leads there."""
+    result = {"ips": [{"address": "10.88.0.2/16"}, {"address": "10.99.0.2/24"}]}
+    kernel = RecordingKernel(**INTACT, way_to=("br0", True, ["10.88.0.0/16", "192.0.2.0/24"]))
+    add(kernel, prevResult=result)
+    for prefix in "10.88.0.0/16", "10.99.0.0/24", "192.0.2.0/24":
+        assert f'iifname "br0" ip saddr {prefix} meta mark set' in kernel.written[0]
+    assert kernel.written[0].count("iifname") == 3
+    kernel = RecordingKernel(**INTACT, way_to=("", False, []))
+    add(kernel, prevResult=result)
+    assert "ip saddr 10.88.0.2 meta mark set" in kernel.written[0] and "iifname" not in kernel.written[0]
+
+
+@pytest.mark.parametrize("noted, comment", [(True, ruleset.WAS_OPEN), (False, ruleset.OPENED)])
+def test_upgrade_notes_what_is_open(monkeypatch, noted, comment):
+    """Tables of 0.1 do not note all that is open: whoever writes the new base does, and so it is guarded."""
     monkeypatch.setattr("cni_portmap.linux.localhost.interfaces_of_published", lambda kernel: ["cni0"])
     old = {chain: [comment.replace(f"{ruleset.BASE_VERSION}:", "1:") for comment in comments]
            for chain, comments in base_comments().items()}
-    kernel = RecordingKernel(has_chain=True, comments=lambda chain: old.get(chain, []), notes_opened=noted)
+    kernel = RecordingKernel(has_chain=True, comments=lambda chain: old.get(chain, []), notes_interfaces=noted)
     assert repair_shared_chains(kernel)
-    assert kernel.written == [base((), tuple(ruleset.SHARED)) + ruleset.note_opened(opened)]
+    assert kernel.written == [base((), tuple(ruleset.SHARED)) + ruleset.note_interfaces({"cni0": comment})]
 
 
 def test_repair_base():
@@ -714,8 +752,9 @@ def intact(**answers):
     def snapshot(chain):
         return [HOOK, *range(len([*ruleset.rules_of(WEB)] if chain == CHAIN else ruleset.shared_rules(chain, [])))]
     empty = RecordingKernel(snapshot=snapshot)
+    comments = {CHAIN: [comment for rule in ruleset.rules_of(WEB) for comment in re.findall('comment "(.*)"', rule)]}
     kernel = RecordingKernel(**{**holding(dict.fromkeys(elements(WEB), CHAIN)), "snapshot": snapshot, "references": 2,
-                                **answers})
+                                "comments": lambda chain: {**base_comments(), **comments}.get(chain, []), **answers})
     kernel.answers["enter_empty_namespace"] = lambda: empty
     return kernel, empty, snapshot
 
@@ -906,20 +945,33 @@ def other(name, *ports, ifname="eth0"):
 
 
 def test_restore(kernel):
-    """Lost rules are written again: the base, then all the rest at once; then localhost is opened."""
-    kernel.answers["interface_to_open"] = "cni0"
+    """What the kernel has lost is written again: the base, then all the rest at once; then localhost is opened."""
+    kernel.answers.update(CLOSED)
     second = other("second", mapping(host_port=9))
     assert restore([WEB, second], kernel) == ([WEB, second], [])
-    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second) + ruleset.note_opened(["cni0"])]
-    assert kernel.calls[0] == ("lock",)
-    assert [name for name, *_ in kernel.named("transact", "set_localnet")] == ["transact", "transact", "set_localnet"]
+    notes = ruleset.note_interfaces({"cni0": ruleset.OPENED})
+    assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second) + notes]
+    assert locked(kernel) & {"lookup", "transact", "set_localnet"} and not locked(kernel) & {"way_to"}
+    assert [name for name, *_ in kernel.named("transact", "set_localnet")] == \
+        ["transact", "transact", "set_localnet", "set_localnet"]
 
 
 def test_restore_after_a_flush(kernel):
     """With the table its notes are gone: what leads to the restored is taken for opened by this plugin."""
-    kernel.answers.update(notes_opened=False, interface_to_open=lambda ip, anyway: "cni0" if anyway else "")
+    kernel.answers.update(has_table=False, is_noted=False)
     restore([WEB], kernel)
-    assert kernel.written[-1] == ruleset.attach(WEB) + ruleset.note_opened(["cni0"])
+    assert kernel.written[-1] == ruleset.attach(WEB) + ruleset.note_interfaces({"cni0": ruleset.OPENED})
+
+
+def test_restore_guards_what_is_open(kernel, monkeypatch):
+    """After a flush, and without a container that lives: an interface is guarded as long as it is open."""
+    monkeypatch.setattr("cni_portmap.verbs.restore.open_interfaces", lambda: ["br9"])
+    kernel.answers.update(has_table=False)
+    restore([], kernel)
+    assert kernel.written == [BASE + ruleset.note_interfaces({"br9": ruleset.FOUND_OPEN})]
+    kernel = RecordingKernel(**INTACT)
+    restore([], kernel)
+    assert kernel.written == []
 
 
 def test_restore_dry_run(kernel):

@@ -1,13 +1,14 @@
 """This host's kernel, as the verbs see it: what is read, what is written, and the lock between the two."""
 import posix
 from _socket import (AF_UNIX, IPPROTO_IPV6, IPPROTO_SCTP, IPV6_V6ONLY, SCM_RIGHTS, SO_REUSEADDR, SOCK_DGRAM,
-                     SOCK_STREAM, SOL_SOCKET, if_nametoindex, socket, socketpair)
+                     SOCK_STREAM, SOL_SOCKET, if_indextoname, if_nametoindex, socket, socketpair)
 from _struct import pack
 
 from .. import ruleset
 from ..attachment import AF
-from ..cni import IFNAME, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, is_ifname, warn
-from . import EADDRINUSE, ENOENT, ENOTDIR, EPERM, HINTS, read, system_error
+from ..cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, is_ifname, warn
+from . import (EACCES, EADDRINUSE, EAFNOSUPPORT, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ENOENT, ENOTDIR, ENXIO,
+               EOPNOTSUPP, EPERM, HINTS, read, system_error)
 from .table import Table
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -25,6 +26,7 @@ LOCK_SECONDS = 30  # 200 plugins at once need less than one
 HUNG_PATHS = 3
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
 CLONE_NEWNET = 0x40000000
+NO_ROUTE = (ENXIO, ENODEV, EACCES, EINVAL, EOPNOTSUPP, EAFNOSUPPORT, ENETUNREACH, EHOSTUNREACH)
 
 
 class Lock:
@@ -230,29 +232,53 @@ class Kernel(Table):
             probe.close()
         return False
 
-    def interface_to_open(self, ip: str, anyway: bool = False) -> str:
-        """The interface that leads to `ip` and does not yet let packets from 127.0.0.0/8 out; "" for none.
+    def way_to(self, family: int, ip: str, links: "Sequence[str]") -> tuple[str, bool, list[str]]:
+        """The interface of this host that a container's address is directly behind, and the networks of that interface.
 
-        `anyway`: also where it lets them out. Raises CniError(5) where `set_localnet` could not open it.
+        "" where there is none. And whether it leads to containers: it is one that the container's result names
+        (`links`), or their bridge; where that names none, a bridge or the end of a pair, not the uplink. The parent of
+        a macvlan is none: what this host sends there never arrives. Raises CniError(5).
         """
-        from .netlink import interface_to
-        name = interface_to(4, ip)
-        if not name or (self.localnet(name) and not anyway):
+        from .netlink import PAIRED, link_kind, master_of, prefixes_of, route_interface, uplink
+        try:
+            index = route_interface(family, ip)
+            name = if_indextoname(index) if index else ""
+            if not is_ifname(name):  # none, or one that nft text cannot hold
+                return "", False, []
+            leads = (name in links or any(master_of(link) == index for link in links)) if links else \
+                link_kind(index) in ("bridge", *PAIRED) and index != uplink(family)
+            return name, leads, prefixes_of(family, index)
+        except OSError as error:
+            if error.errno in NO_ROUTE:
+                return "", False, []
+            raise system_error("cannot find the way to the container", error) from None
+
+    # --- what lets this host's localhost reach containers ---
+
+    def localhost_obstacle(self, family: int, name: str) -> str:
+        """Why localhost cannot lead through the interface `name`, "" if it can."""
+        if family == 6:
+            from .netlink import link_kind
+            if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and \
+                    link_kind(if_nametoindex(name)) == "bridge":
+                return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
             return ""
-        if not is_ifname(name):
-            raise CniError(IO_FAILURE, f"interface {name!r} cannot be recorded in nftables; the container is behind it",
-                           f"rename it; expected {IFNAME}")
+        if self.localnet(name):
+            return ""
         path = _localnet(name)
         try:
             posix.close(posix.open(path, posix.O_WRONLY | posix.O_CLOEXEC))
         except OSError as error:
-            raise system_error(f"cannot write 1 to {path}", error) from None
-        return name
+            return f"cannot write 1 to {path}: {posix.strerror(error.errno or 0)}"
+        return ""
 
     def localnet(self, name: str) -> bool:
-        """Whether packets from 127.0.0.0/8 may leave through the interface `name`; False where it is gone."""
+        """Whether packets from 127.0.0.0/8 may leave through the interface `name`; False where it is gone.
+
+        The kernel takes the greater of its value and that of `all` (IN_DEV_ROUTE_LOCALNET).
+        """
         try:
-            return read(_localnet(name)) == b"1"
+            return b"1" in (read(_localnet(name)), read(_localnet("all")))
         except OSError as error:
             raise system_error(f"cannot read {_localnet(name)}", error) from None
 
@@ -270,33 +296,40 @@ class Kernel(Table):
         except OSError as error:
             raise system_error(f"cannot write {value:d} to {_localnet(name)}", error) from None
 
-    def notes_opened(self) -> bool:
-        """Whether the table notes what was opened: that of cni-portmap 0.1.0 did not."""
-        return self.has_set(ruleset.OPENED)
+    def notes_interfaces(self) -> bool:
+        """Whether the table notes the interfaces that localhost leads through: that of cni-portmap 0.1.0 did not."""
+        return self.has_set(ruleset.LOCALHOST_INTERFACES)
 
-    def opened(self) -> "list[str]":
-        """The interfaces that this plugin has opened to 127.0.0.0/8, as its table notes them."""
-        names = (key.rstrip(b"\0").decode(errors="replace")
-                 for key, _ in self.set_elements(f"{ruleset.OPENED}\0".encode()))
-        return [name for name in names if is_ifname(name)]
+    def is_noted(self, name: str) -> bool:
+        """Whether the table notes an interface."""
+        return self.has_element(ruleset.LOCALHOST_INTERFACES, ruleset.key_of_interface(name))
 
-    def opened_and_gone(self) -> "list[str]":
-        """Those of `opened` that do not exist any more."""
-        return [name for name in self.opened() if not _is_interface(name)]
+    def noted(self) -> dict[str, str]:
+        """The interfaces that the table notes, each with what its comment says."""
+        found = {key.rstrip(b"\0").decode(errors="replace"): comment
+                 for key, comment in self.set_comments(ruleset.LOCALHOST_INTERFACES)}
+        return {name: comment for name, comment in found.items() if is_ifname(name)}
 
-    def allow_localhost6(self, ip: str) -> str:
-        """Let replies to ::1 in through the interface that leads to `ip`; why that is not possible, or "".
+    def noted_and_gone(self) -> "list[str]":
+        """Those of `noted` that do not exist any more."""
+        return [name for name in self.noted() if not _is_interface(name)]
+
+    def has_localhost6(self, name: str) -> bool:
+        """Whether replies to ::1 are let in through the interface `name`."""
+        from .netlink import local_routes
+        try:
+            return if_nametoindex(name) in local_routes("::1", LOCALHOST_METRIC)
+        except OSError:
+            return False
+
+    def allow_localhost6(self, name: str) -> str:
+        """Let replies to ::1 in through the interface `name`; why that is not possible, or "".
 
         The kernel looks up ::1 only on an interface that has a local route for it (ip6_pol_route, RT6_LOOKUP_F_IFACE).
         """
-        from .netlink import add_local_route, link_kind, route_interface
+        from .netlink import add_local_route
         try:
-            interface = route_interface(6, ip)
-            if not interface:
-                return f"no interface of this host is directly connected to {ip}"
-            if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and link_kind(interface) == "bridge":
-                return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
-            add_local_route("::1", interface, LOCALHOST_METRIC)
+            add_local_route("::1", if_nametoindex(name), LOCALHOST_METRIC)
         except OSError as error:
             return f"no local route for ::1: {posix.strerror(error.errno or 0)}"
         return ""

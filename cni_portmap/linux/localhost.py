@@ -8,12 +8,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from socket import AF_INET, if_indextoname, inet_ntop
+from socket import AF_INET, if_indextoname, if_nametoindex, inet_ntop
 from typing import NamedTuple
 
 from .expressions import DnatRule, expressions
 from .kernel import LOCALHOST_METRIC, Kernel
-from .netlink import delete_local_route, interface_to, local_routes
+from ..ruleset import OPENED
+from .netlink import delete_local_route, interface_to, local_routes, prefixes_of
 from .table import translations
 
 # Other publishers whose DNAT rules forward this host's localhost to containers, by the names of tables and chains.
@@ -39,9 +40,24 @@ def interfaces_of_published(kernel: Kernel) -> list[str]:
     return sorted(name for name in names if name and kernel.localnet(name))
 
 
+def open_interfaces() -> list[str]:
+    """The interfaces that are open to 127.0.0.0/8, but those that have an address of it: somebody uses it there."""
+    return [name for name in _interfaces() if _is_open(name) and not any(
+        prefix.startswith("127.") for prefix in prefixes_of(4, if_nametoindex(name)))]
+
+
+def _is_open(name: str) -> bool:
+    try:
+        with open(f"/proc/sys/net/ipv4/conf/{name}/route_localnet") as value:
+            return value.read() == "1\n"
+    except OSError:
+        return False
+
+
 def close(kernel: Kernel, dry_run: bool = False) -> Closing:
     """Close what this plugin has opened, but what somebody else's containers need. To be called under the lock."""
-    opened = kernel.opened() if kernel.notes_opened() else interfaces_of_published(kernel)
+    opened = [name for name, comment in kernel.noted().items() if comment == OPENED] if kernel.notes_interfaces() else \
+        interfaces_of_published(kernel)
     candidates = [name for name in opened if kernel.localnet(name)]
     needed = dict(_needed_by_others()) if candidates else {}
     left_open = {name: needed.get(name) or needed[""] for name in candidates if name in needed or "" in needed}

@@ -6,7 +6,7 @@ containers) and would need the json package to be understood (7 ms); pyroute2 ta
 Source: include/uapi/linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h; netlink(7), rtnetlink(7). Every call raises
 OSError with the kernel's errno.
 """
-from _socket import AF_INET6, AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, if_indextoname, inet_pton, socket
+from _socket import AF_INET6, AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, if_indextoname, inet_ntop, inet_pton, socket
 from _struct import Struct
 
 from ..attachment import AF
@@ -72,6 +72,10 @@ class Socket:
     def fileno(self) -> int:
         """The descriptor."""
         return self._socket.fileno()
+
+    def be_strict(self) -> None:
+        """Let the kernel filter lists by what a question says (NETLINK_GET_STRICT_CHK, since Linux 4.20)."""
+        self._socket.setsockopt(270, 12, 1)  # SOL_NETLINK
 
     def close(self) -> None:
         """Close it. One of NETLINK_NETFILTER waits for this process' own deletions (11 ms), see `Kernel.leave`."""
@@ -154,7 +158,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_VIA = 1, 4, 5, 6, 18
 IFLA_IFNAME, IFLA_LINKINFO, IFLA_EXT_MASK, IFLA_INFO_KIND = 3, 18, 29, 1
 RTEXT_FILTER_SKIP_STATS = 8
 IFA_ADDRESS, IFA_LOCAL = 1, 2
-IFLA_ADDRESS = 1
+IFLA_ADDRESS, IFLA_MASTER = 1, 10
 PAIRED = ("veth", "netkit")  # kinds of links that end when one end of them does
 
 
@@ -169,15 +173,44 @@ def route_interface(family: int, ip: str) -> int:
     return 0 if RTA_GATEWAY in route or RTA_VIA in route else int.from_bytes(route.get(RTA_OIF, b""), "little")
 
 
-def interface_to(family: int, ip: str) -> str:
-    """The name of the interface that a container's address is directly behind.
+def uplink(family: int) -> int:
+    """The index of the interface that leads to the rest of the world, 0 for none: by the route to an example of it."""
+    address = inet_pton(AF[family], "203.0.113.1" if family == 4 else "2001:db8:ffff::1")  # RFC 5737, RFC 3849
+    body = bytes((AF[family], len(address) * 8)) + bytes(10) + attribute(RTA_DST, address)  # rtmsg
+    try:
+        route = dict(attributes(Socket(NETLINK_ROUTE).ask(RTM_GETROUTE, body)[0], 12))
+    except OSError:
+        return 0
+    return int.from_bytes(route.get(RTA_OIF, b""), "little")
 
-    "" if it cannot be reached yet, from here or from anywhere.
-    """
+
+def interface_to(family: int, ip: str) -> str:
+    """The name of the interface that a container's address is directly behind; "" for none."""
     try:
         return if_indextoname(route_interface(family, ip))
     except OSError:
         return ""
+
+
+def prefixes_of(family: int, interface: int) -> list[str]:
+    """The networks of an interface's own addresses, but link-local ones and those of one address."""
+    netlink = Socket(NETLINK_ROUTE)
+    netlink.be_strict()
+    found = []
+    body = bytes((AF[family], 0, 0, 0)) + interface.to_bytes(4, "little")  # ifaddrmsg
+    for answer in netlink.dump(RTM_GETADDR, body):
+        length, address = answer[1], dict(attributes(answer, 8)).get(IFA_ADDRESS, b"")
+        bits = len(address) * 8
+        if answer[4:8] == body[4:8] and length < bits and address[:2] != b"\xfe\x80" and address:
+            number = int.from_bytes(address, "big") >> bits - length << bits - length
+            found.append(f"{inet_ntop(AF[family], number.to_bytes(len(address), 'big'))}/{length}")
+    return found
+
+
+def master_of(name: str) -> int:
+    """The index of the bridge that an interface is a port of; 0 for none."""
+    answer = Socket(NETLINK_ROUTE).ask_each(RTM_GETLINK, [bytes(16) + named(IFLA_IFNAME, name)])[0]
+    return int.from_bytes(dict(attributes(answer or b"", 16)).get(IFLA_MASTER, b""), "little")
 
 
 def _local_route(ip: str, interface: int, metric: int) -> bytes:

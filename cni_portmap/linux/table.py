@@ -26,10 +26,10 @@ NFTA_CHAIN_POLICY, NFTA_CHAIN_USE, NFTA_CHAIN_TYPE = 5, 6, 7
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 1, 2, 4, 7
 NFTA_SET_TABLE, NFTA_SET_NAME = 1, 2
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
-NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA = 1, 2
+NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_USERDATA = 1, 2, 6
 NFTA_LIST_ELEM = 1
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CHAIN = 1, 2, 2
-NFTNL_UDATA_RULE_COMMENT = 0
+NFTNL_UDATA_COMMENT = 0  # of a rule, and of an element
 MANY_PORTS = 100  # above, listing all of the maps is quicker than to ask for each element
 
 
@@ -141,7 +141,7 @@ class Table:
 
     def owner(self, chain: str) -> "Owner":
         """The owner of an attachment's chain."""
-        return ruleset.Owner(chain, _record(self.comments(chain)))
+        return ruleset.Owner(chain, record_in(self.comments(chain)))
 
     def owners(self) -> "list[Owner]":
         """The owner of every attachment's chain. Reads the whole table."""
@@ -149,7 +149,7 @@ class Table:
         for chain, comment, _ in self.rules():
             if ruleset.is_attachment_chain(chain):
                 found.setdefault(chain, []).append(comment)
-        return [ruleset.Owner(chain, _record(comments)) for chain, comments in found.items()]
+        return [ruleset.Owner(chain, record_in(comments)) for chain, comments in found.items()]
 
     def dnat_rules(self, chain: str) -> "list[DnatRule]":
         """The dnat rules of a chain."""
@@ -193,11 +193,7 @@ class Table:
     def lookup(self, elements: "Iterable[Element]") -> "dict[Element, str]":
         """The chain that each map element leads to; those that do not exist are left out."""
         wanted = [*elements]
-        bodies = (NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name) +
-                  nested(NFTA_SET_ELEM_LIST_ELEMENTS,
-                         nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))))
-                  for name, key in wanted)
-        answers = self._ask(NFT_MSG_GETSETELEM, *bodies)
+        answers = self._ask(NFT_MSG_GETSETELEM, *(self._element(name, key) for name, key in wanted))
         return {element: chain for element, answer in zip(wanted, answers, strict=True) if answer is not None
                 for raw in _list_elements(answer) for _, chain in _verdict(raw)}
 
@@ -215,6 +211,21 @@ class Table:
         """Key and value of each element of a set or map (a name as the kernel has it)."""
         found = (dict(attributes(raw)) for raw in self._raw_elements(text(name)))
         return [(_data(each, NFTA_SET_ELEM_KEY), _data(each, NFTA_SET_ELEM_DATA)) for each in found]
+
+    def has_element(self, name: str, key: bytes) -> bool:
+        """Whether a set has an element."""
+        answer, = self._ask(NFT_MSG_GETSETELEM, self._element(name, key))
+        return answer is not None
+
+    def set_comments(self, name: str) -> "list[tuple[bytes, str]]":
+        """Key and comment of each element of a set."""
+        found = (dict(attributes(raw)) for raw in self._raw_elements(name))
+        return [(_data(each, NFTA_SET_ELEM_KEY), _comment(each.get(NFTA_SET_ELEM_USERDATA, b""))) for each in found]
+
+    def _element(self, name: str, key: bytes) -> bytes:
+        return NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name) + \
+            nested(NFTA_SET_ELEM_LIST_ELEMENTS,
+                   nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))))
 
     def _verdicts(self, name: str) -> "Iterator[tuple[bytes, str]]":
         for raw in self._raw_elements(name):
@@ -295,17 +306,17 @@ def _verdict(element: bytes) -> "Iterator[tuple[bytes, str]]":
 
 
 def _comment(userdata: bytes) -> str:
-    """The comment among a rule's user data (libnftnl's own format: type, length, value)."""
+    """The comment among a rule's or an element's user data (libnftnl's own format: type, length, value)."""
     at = 0
     while at + 2 <= len(userdata):
         kind, length = userdata[at], userdata[at + 1]
-        if kind == NFTNL_UDATA_RULE_COMMENT:
+        if kind == NFTNL_UDATA_COMMENT:
             return userdata[at + 2:at + 1 + length].decode(errors="replace")
         at += 2 + length
     return ""
 
 
-def _record(comments: "Iterable[str]") -> str:
+def record_in(comments: "Iterable[str]") -> str:
     """The owner's record at the head of a chain: the comments up to the first rule without one."""
     record = []
     for comment in comments:

@@ -2,8 +2,8 @@
 from .. import ruleset
 from ..attachment import Attachment
 from ..cni import INVALID_CONFIG, INVALID_ENVIRONMENT, PORT_IN_USE, PORT_TAKEN, CniError
-from .steps import (PortTaken, Unjudged, attach, detach, interfaces_to_open, is_flush, judge, open_localhost,
-                    refuse_namesake, resolve_conflicts, shared_chains, write_shared_chains)
+from .steps import (PortTaken, Unjudged, attach, detach, interfaces_to_note, is_flush, judge, open_localhost,
+                    refuse_namesake, resolve_conflicts, share_on_link, shared_chains, survey, write_shared_chains)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     flushed = False
     while True:
         _look_at(attachment, kernel)
+        survey(attachment, kernel)
         rules = ruleset.rules_text(attachment)
         try:
             with kernel.lock() as late:
@@ -72,14 +73,25 @@ def _publish(attachment: Attachment, rules: str, judged: "Judged", kernel: "Kern
     owned, targets = kernel.owned_elements(replaced), kernel.targets(replaced)
     released = [item for item in owned if item[0] not in new]
     released_by_us = [item for item in released if item[1] == chain]  # what a dead container had is free
-    shared = shared_chains([attachment], kernel)
-    if shared:
-        write_shared_chains(shared, kernel)
-    closed = interfaces_to_open([attachment], kernel)
+    base = shared_chains([attachment], kernel)
+    if base:
+        write_shared_chains(base, kernel)
+    siblings = [*elsewhere.values(), *(_standby_chains(chain, attachment, kernel) if again else ())]
+    shared = share_on_link(attachment, siblings, kernel)
+    if siblings:
+        rules = ruleset.rules_text(attachment)
     kernel.transact(detach(replaced, owned, released_by_us, kernel) +
-                    attach(attachment, elsewhere, kernel, rules, again) + ruleset.note_opened(closed))
-    open_localhost([attachment], closed, kernel)
+                    attach(attachment, elsewhere, kernel, rules, again) + shared +
+                    ruleset.note_interfaces(interfaces_to_note([attachment], kernel)))
+    open_localhost([attachment], kernel)
     return released, targets
+
+
+def _standby_chains(chain: str, attachment: Attachment, kernel: "Kernel") -> list[str]:
+    """The chains of the container's other interfaces that stand by for `chain`, which is about to be replaced."""
+    names = (ruleset.chain_of(attachment.container_id, ifname)
+             for ifname in ruleset.standby_interfaces(kernel.comments(chain)))
+    return [name for name in names if kernel.has_chain(name)]
 
 
 def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:

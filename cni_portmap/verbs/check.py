@@ -2,7 +2,7 @@
 from .. import ruleset
 from ..attachment import Attachment
 from ..cni import CHECK_FAILED, CniError
-from .steps import chains_of_container, missing_in_order
+from .steps import chains_of_container, missing_in_order, survey
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -26,10 +26,17 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
         found = kernel.lookup(wanted)
         real = {name: kernel.snapshot(name) for name in names}
         references = kernel.references(chain)
-        owner = kernel.owner(chain)
+        owner, comments = kernel.owner(chain), kernel.comments(chain)
     if dormant:
         raise CniError(CHECK_FAILED, f"table {ruleset.TABLE} is dormant", f"wake it: nft add table {ruleset.TABLE}")
     _check_owner(attachment, owner, kernel)
+    survey(attachment, kernel, quiet=True)
+    noted = ruleset.on_link_of(comments)
+    needed = [pair for pair in attachment.on_link or () if pair[1] in attachment.prefixes]
+    # A chain that names no interface, where one leads there, was written by version 0.1.
+    attachment.on_link = tuple(dict.fromkeys((*noted, *needed))) if noted or not needed else None
+    attachment.left_alone = ruleset.left_alone_of(comments)
+    _check_localhost(attachment, kernel)
     home = chains_of_container(found.values(), attachment, kernel)
     for element, port in wanted.items():
         if found.get(element) not in home:
@@ -45,6 +52,19 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
     if references != [*found.values()].count(chain):
         raise CniError(CHECK_FAILED, f"unexpected references to chain {chain}",
                        f"see: nft list table {ruleset.TABLE}")
+
+
+def _check_localhost(attachment: Attachment, kernel: "Kernel") -> None:
+    """Look whether this host's localhost still leads through the interfaces that it was opened on."""
+    for family, name in attachment.ways.items():
+        if family in attachment.left_alone:
+            continue
+        if family == 4 and not (kernel.is_noted(name) and kernel.localnet(name)):
+            raise CniError(CHECK_FAILED, f"127.0.0.0/8 does not lead through {name}, or is not guarded there",
+                           f"see: sysctl net.ipv4.conf.{name}.route_localnet; "
+                           f"nft list set {ruleset.TABLE} {ruleset.LOCALHOST_INTERFACES}")
+        if family == 6 and not kernel.has_localhost6(name):
+            raise CniError(CHECK_FAILED, f"::1 does not lead through {name}", "see: ip -6 route show table local ::1")
 
 
 def _compare(name: str, texts: list[str], expected: "Sequence[object]", found: "Sequence[object]") -> None:

@@ -39,7 +39,7 @@ def _remove(chains: "list[str]", kernel: "Kernel", handles: "dict[str, int] | No
                                                kernel.handle(chain) == handles.get(chain))]
         owned, targets = kernel.owned_elements(there), kernel.targets(there)
         if there:
-            kernel.transact(detach(there, owned, owned, kernel) + ruleset.forget_opened(kernel.opened_and_gone()))
+            kernel.transact(detach(there, owned, owned, kernel) + ruleset.forget_interfaces(kernel.noted_and_gone()))
     if owned:
         from .flows import delete_released_flows
         delete_released_flows(owned, targets, kernel)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..linux.expressions import DnatRule
 from ..linux.kernel import Kernel
+from ..linux.table import record_in
 from ..ruleset import PROTOCOLS, Owner, claim_of, is_attachment_chain
 
 
@@ -41,9 +42,9 @@ def published(kernel: Kernel) -> list[Published]:
     records: dict[str, list[str]] = {}
     for chain, comment, raw in kernel.rules():
         if is_attachment_chain(chain):
-            if comment and chain not in rules:
+            if b"nat\0" not in raw:
                 records.setdefault(chain, []).append(comment)
-            elif b"nat\0" in raw:
+            else:
                 rules.setdefault(chain, []).append(DnatRule(raw, kernel.set_elements))
     owners: dict[str, Owner] = {}
     found: dict[tuple[Any, ...], dict[int, int]] = {}
@@ -55,7 +56,7 @@ def published(kernel: Kernel) -> list[Published]:
         rule = next((rule for rule in fitting if rule.daddr == host), fitting[0] if fitting else None)
         found.setdefault((family, protocol, host, chain, rule), {})[port] = rule.ports[port] if rule else 0
         if chain not in owners:
-            owners[chain] = Owner(chain, "".join(records.get(chain, [])))
+            owners[chain] = Owner(chain, record_in(records.get(chain, [])))
     verdicts = kernel.judge(owners.values())
     lines = []
     for (family, protocol, host, chain, rule), ports in found.items():

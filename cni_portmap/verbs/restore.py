@@ -11,9 +11,10 @@ from ..attachment import Attachment, Port
 from ..cni import PORT_TAKEN, CniError
 from ..linux.alive import DEAD
 from ..linux.kernel import Kernel
+from ..linux.localhost import open_interfaces
 from .delete import remove_each
-from .steps import (Unjudged, attach, chains_of_container, detach, interfaces_to_open, judge, open_localhost,
-                    resolve_conflicts, shared_chains, write_shared_chains)
+from .steps import (Unjudged, attach, chains_of_container, detach, interfaces_to_note, judge, open_localhost,
+                    resolve_conflicts, shared_chains, survey, write_shared_chains)
 
 if TYPE_CHECKING:
     from ..linux.alive import Verdict
@@ -70,11 +71,17 @@ class _Plan:
 def _restore(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
              is_current: Callable[[Attachment], bool], judged: "Judged") \
         -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
+    for attachment in attachments:
+        survey(attachment, kernel)
     texts = {id(attachment): ruleset.rules_text(attachment) for attachment in attachments}
     with kernel.lock():
         plan = _decide(attachments, kernel, is_current, judged)
         needed = [plan.asked[chain][0] for chain in plan.whole | plan.to_rewrite]
-        shared = shared_chains(needed, kernel) if needed else ""
+        lost_table = not kernel.has_table()
+        exposed = open_interfaces() if lost_table else []  # who opened them the lost table said
+        shared = shared_chains(needed, kernel) if needed or exposed else ""
+        notes = interfaces_to_note(needed, kernel, opened_by_us=lost_table)
+        shared += ruleset.note_interfaces({name: notes.get(name, ruleset.FOUND_OPEN) for name in exposed})
         replaced = [chain for chain in sorted(plan.to_remove) if kernel.has_chain(chain)]
         text = detach(replaced, kernel.owned_elements(replaced), (), kernel)
         lost = [attachment for chain, (attachment, _) in plan.asked.items() if chain in plan.to_rewrite]
@@ -88,13 +95,14 @@ def _restore(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
             text += attach(attachment, elsewhere, kernel, texts[id(attachment)])
             for element in own:
                 leads_to.setdefault(element, chain)
-        forgotten = bool(shared) and not kernel.notes_opened()  # the table was gone: what is open now, we had opened
-        if shared and not dry_run:
+        if dry_run:
+            return lost, plan.refused
+        if shared:
             write_shared_chains(shared, kernel)
-        if text and not dry_run:
-            closed = interfaces_to_open(lost, kernel, forgotten)
-            kernel.transact(text + ruleset.note_opened(closed))
-            open_localhost(lost, closed, kernel)
+        text += ruleset.note_interfaces(notes)
+        if text:
+            kernel.transact(text)
+        open_localhost(needed, kernel)
     return lost, plan.refused
 
 

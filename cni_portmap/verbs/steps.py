@@ -4,7 +4,7 @@ Functions that return commands write nothing; a verb joins them to one transacti
 """
 from .. import ruleset
 from ..attachment import Attachment, Port
-from ..cni import FOREIGN_TABLE, NFT_REFUSED, PORT_TAKEN, CniError, warn
+from ..cni import FOREIGN_TABLE, IO_FAILURE, NFT_REFUSED, PORT_TAKEN, CniError, warn
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
     if not chains and not kernel.is_dormant():
         return ""
     text = ruleset.base(chains, replaced)
-    if replaced and not kernel.notes_opened():
+    if "guard" in replaced:  # an older one guarded every interface, and 0.1.0 noted none that it had opened
         from ..linux.localhost import interfaces_of_published
-        text += ruleset.note_opened(interfaces_of_published(kernel))
+        comment = ruleset.WAS_OPEN if kernel.notes_interfaces() else ruleset.OPENED
+        text += ruleset.note_interfaces(dict.fromkeys(interfaces_of_published(kernel), comment))
     return text
 
 
@@ -124,36 +125,84 @@ def repair_shared_chains(kernel: "Kernel", dry_run: bool = False) -> bool:
     return bool(text)
 
 
-def interfaces_to_open(attachments: "Iterable[Attachment]", kernel: "Kernel", anyway: bool = False) -> "list[str]":
-    """The interfaces that must be opened to 127.0.0.0/8, because `attachments` publish ports there.
+# --- this host's localhost, and who is masqueraded --------------------------------------------------------------
 
-    `anyway`: also those that are open.
+def survey(attachment: Attachment, kernel: "Kernel", quiet: bool = False) -> None:
+    """Find out how this host leads to a container: `ways`, `on_link` and `left_alone` of `attachment`.
+
+    Where localhost cannot lead to it, that is one line on stderr, and localhost is left to the services of this host.
+    Raises CniError(5) where a port is published there alone, and the system does not let it; not if `quiet`.
     """
-    found = [kernel.interface_to_open(attachment.addresses[4].ip, anyway) for attachment in attachments
-             if _on_localhost(attachment, 4)]
-    return [name for name in dict.fromkeys(found) if name]
+    attachment.ways, attachment.on_link, left_alone = {}, (), set()
+    if attachment.mark_bit is None:
+        return  # no reply would come back through this host
+    on_link: dict[tuple[str, str], None] = {}
+    for family, address in attachment.addresses.items():
+        name, leads, own = kernel.way_to(family, address.ip, attachment.links)
+        prefixes = [prefix for prefix in attachment.prefixes if (":" in prefix) == (family == 6)]
+        on_link |= {(name, prefix): None for prefix in (*prefixes, *own) if name}
+        if not publishes_on_localhost(attachment, family):
+            continue
+        if family == 6 and not attachment.localhost6:
+            left_alone.add(family)
+            continue
+        obstacle = kernel.localhost_obstacle(family, name) if leads else \
+            f"{name or 'no interface of this host'} leads to {address.ip} and to containers alone"
+        if not obstacle:
+            attachment.ways[family] = name
+            continue
+        host = "127.0.0.1" if family == 4 else "[::1]"
+        if quiet:
+            continue
+        if leads and family == 4 and any(port.host_ip.startswith("127.") for port in attachment.ports):
+            raise CniError(IO_FAILURE, f"cannot publish on {host}: {obstacle}",
+                           "run it as root, where /proc/sys is writable; or publish on another address")
+        warn(f"cannot publish on {host}: {obstacle}")
+        left_alone.add(family)
+    attachment.on_link, attachment.left_alone = tuple(on_link), frozenset(left_alone)
 
 
-def open_localhost(attachments: "Iterable[Attachment]", closed: "Iterable[str]", kernel: "Kernel") -> None:
-    """Make this host's localhost able to reach the containers that are published there.
+def publishes_on_localhost(attachment: Attachment, family: int) -> bool:
+    """Whether an attachment publishes ports on this host's localhost, alone or with all addresses."""
+    ips = {port.host_ip for port in attachment.ports if port.family == family}
+    return any(not ip or ip == "::1" or ip.startswith("127.") for ip in ips)
 
-    `closed`: the interfaces that have to be opened. They are noted by now, so what is opened can be closed again.
+
+def interfaces_to_note(attachments: "Iterable[Attachment]", kernel: "Kernel", opened_by_us: bool = False) \
+        -> dict[str, str]:
+    """The interfaces that localhost leads through and that are not noted yet, each with its comment.
+
+    `opened_by_us`: the table that would say so was lost; what is open to `attachments` counts as opened by this plugin.
     """
-    for name in closed:
-        kernel.set_localnet(name, True)
+    names = dict.fromkeys(attachment.ways[4] for attachment in attachments if 4 in attachment.ways)
+    return {name: ruleset.WAS_OPEN if kernel.localnet(name) and not opened_by_us else ruleset.OPENED
+            for name in names if not kernel.is_noted(name)}
+
+
+def open_localhost(attachments: "Iterable[Attachment]", kernel: "Kernel") -> None:
+    """Let this host's localhost reach the containers that are published there, through what is noted by now."""
     for attachment in attachments:
-        if _on_localhost(attachment, 6):
-            obstacle = kernel.allow_localhost6(attachment.addresses[6].ip)
+        if 4 in attachment.ways and not kernel.localnet(attachment.ways[4]):
+            kernel.set_localnet(attachment.ways[4], True)
+        if 6 in attachment.ways:
+            obstacle = kernel.allow_localhost6(attachment.ways[6])
             if obstacle:
                 warn(f"cannot publish on [::1]: {obstacle}")
 
 
-def _on_localhost(attachment: Attachment, family: int) -> bool:
-    """Whether an attachment publishes ports on this host's localhost, and replies find back (masquerading)."""
-    if attachment.mark_bit is None or (family == 6 and not attachment.localhost6):
-        return False
-    ips = {port.host_ip for port in attachment.ports if port.family == family}
-    return any(not ip or ip == "::1" or ip.startswith("127.") for ip in ips)
+def share_on_link(attachment: Attachment, siblings: "Iterable[str]", kernel: "Kernel") -> str:
+    """Commands that let the chains of a container's other interfaces masquerade whom this one makes neighbours.
+
+    And `attachment` those of the others: a client may ask through one network, and be answered through another.
+    """
+    if attachment.mark_bit is None or not attachment.on_link:
+        return ""
+    own, text = attachment.on_link, ""
+    for chain in dict.fromkeys(siblings):
+        comments = kernel.comments(chain)
+        text += ruleset.share_on_link(chain, comments, own, attachment.mark_bit)
+        attachment.on_link = tuple(dict.fromkeys((*attachment.on_link, *ruleset.on_link_of(comments))))
+    return text
 
 
 def is_flush(error: CniError) -> bool:

@@ -17,8 +17,8 @@ def _script(*commands: str) -> Callable[[], None]:
     return lambda: nft_script(*commands)
 
 
-BASE = {"guard": 2, "prerouting": 1, "output": 1, "dispatch": 3, "postrouting": 1}  # chain: its rules
-_OWN_RULES = 7  # the record, two marks, v4 and v6
+BASE = {"guard": 4, "guard_input": 4, "prerouting": 3, "output": 1, "dispatch": 4, "postrouting": 1}  # chain: its rules
+_OWN_RULES = (0, 1, 2, 3, 4, 7, 8)  # the record, four marks, v4 and v6; not two that leave localhost alone
 OTHER = Pod("other", "9090:80")
 BOTH = Pod("web", "8080:80", ips=("10.20.0.2/24", "fd20::2/64"))
 
@@ -40,7 +40,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], str]] = {
                            f"add rule {TABLE} {BOTH.chain} meta nfproto ipv4 tcp dport 8080 dnat ip to 10.20.0.66:80"),
                       f"chain {BOTH.chain}"),
     **{f"own rule {index} deleted": (_delete_rule(BOTH.chain, index), f"chain {BOTH.chain}")
-       for index in range(_OWN_RULES)},
+       for index in _OWN_RULES},
     **{f"{chain} flushed": (_script(f"flush chain {TABLE} {chain}"), f"chain {chain}") for chain in BASE},
     **{f"{chain} deleted": (_script(f"delete chain {TABLE} {chain}"), f"chain {chain}")
        for chain in BASE if chain != "dispatch"},

@@ -106,12 +106,14 @@ def exists(path: Path, setting: Setting, family: int) -> bool:
 
 
 def wanted(path: Path, setting: Setting) -> str:
-    """The peer that the container should see."""
+    """Whom the container should see."""
+    if setting.plugin == "ptp" and path.who == "neighbour" and path.sees != NOBODY:
+        return "neighbour"  # it is on another link, so the container answers it through this host
     return "bridge address" if setting.ip_masq and path.sees == "stranger" else path.sees
 
 
 def expected(path: Path, setting: Setting, family: int) -> str:
-    """The peer that the container sees, within what Linux can do."""
-    if (family, path.to, path.source) == (6, "localhost", "") and setting.br_netfilter:
-        return NOBODY  # the bridge itself makes the reply's destination ::1 again, and IPv6 drops that from a link
+    """Whom the container sees, as far as Linux can do it."""
+    if (family, path.to) == (6, "localhost") and setting.br_netfilter:
+        return NOBODY  # the bridge itself makes the reply's destination ::1 again, and IPv6 takes none from a wire
     return wanted(path, setting)
