@@ -245,7 +245,12 @@ _STANDBY = "also on "
 
 def standby_note(chain: str, ifname: str) -> str:
     """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too."""
-    return "\n".join(_chain(chain, [f'continue comment "{_STANDBY}{ifname}"'])) + "\n"
+    return "\n".join(_chain(chain, [f'continue comment "{standby_comment(ifname)}"'])) + "\n"
+
+
+def standby_comment(ifname: str) -> str:
+    """The comment of that note."""
+    return f"{_STANDBY}{ifname}"
 
 
 def standby_interfaces(comments: "Iterable[str]") -> list[str]:
@@ -283,12 +288,6 @@ def note_opened(interfaces: "Iterable[str]") -> str:
     """The command that notes the interfaces (names) that are about to be opened to localhost."""
     notes = ", ".join(f'"{name}" comment "route_localnet was 0"' for name in interfaces)
     return _set(f"elements = {{ {notes} }}; ") + "\n" if notes else ""
-
-
-def forget_opened(interfaces: "Iterable[str]") -> str:
-    """The command that removes the notes of interfaces (names) that are gone."""
-    names = ", ".join(f'"{name}"' for name in interfaces)
-    return f"delete element {TABLE} {OPENED} {{ {names} }}\n" if names else ""
 
 
 def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = ()) -> str:
@@ -341,6 +340,13 @@ def detach(chains: "Iterable[str]", elements: "Iterable[Element]") -> str:
     lines = [f"delete element {TABLE} {name} {{ {', '.join(keys)} }}" for name, keys in by_map.items()]
     lines += (f"delete chain {TABLE} {chain}" for chain in chains)
     return "\n".join(lines) + "\n"
+
+
+def inherit(inherited: "Mapping[Element, str]", notes: "Iterable[tuple[str, str]]") -> str:
+    """Commands that make elements lead to other chains, and note (chain, interface) who stands by there."""
+    text = "".join(map_elements([element for element, its in inherited.items() if its == heir], heir)
+                   for heir in dict.fromkeys(inherited.values()))
+    return text + "".join(standby_note(*note) for note in notes)
 
 
 def probe(family: int, conditions: str) -> str:

@@ -41,7 +41,7 @@ class RecordingKernel:
                                        "references": 0, "dry_run": "", "port_in_use": False, "allow_localhost6": "",
                                        "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
                                        "local_addresses": set(), "interface_to_open": "", "opened_and_gone": [],
-                                       "notes_opened": True, "has_table": True}
+                                       "notes_opened": True, "has_table": True, "generation": 1, "remove": True}
 
     def __init__(self, fails_at: int = 0, **answers: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -78,8 +78,16 @@ class RecordingKernel:
 
     @property
     def written(self) -> list[str]:
-        """The text of each transaction."""
-        return [text for _, text in self.named("transact")]
+        """The text of each transaction; of a removal, which is sent as messages, the text that it stands for."""
+        return [arguments[0] if name == "transact" else _removal(*arguments)
+                for name, *arguments in self.named("transact", "remove")]
+
+
+def _removal(_: int, chains: Iterable[str], elements: "Iterable[ruleset.Element]",
+             inherited: "dict[ruleset.Element, str]", notes: Iterable[tuple[str, str]],
+             interfaces: Iterable[str]) -> str:
+    forgotten = "".join(f"delete element {ruleset.TABLE} {ruleset.OPENED} {{ {name} }}\n" for name in interfaces)
+    return ruleset.detach(chains, elements) + ruleset.inherit(inherited, notes) + forgotten
 
 
 def verdicts(owners: Iterable[ruleset.Owner], state: str) -> dict[str, tuple[str, str]]:

@@ -62,7 +62,6 @@ CASES = {
     "detach": lambda: ruleset.detach([CHAIN], elements(WEB)),
     "second-interface": lambda: ruleset.attach(SECOND, elements(WEB)) + ruleset.standby_note(CHAIN, "eth1"),
     "note-opened": lambda: ruleset.note_opened(["cni0", "veth1a2b@if3"]),
-    "forget-opened": lambda: ruleset.forget_opened(["veth1a2b@if3"]),
     "inherit": lambda: ruleset.detach([CHAIN], elements(WEB)) + ruleset.map_elements(elements(WEB), "c/web-1/eth1"),
     "replace": lambda: ruleset.detach([CHAIN], elements(WEB)) + attach(PORT, port(8443, 443)),
 }

@@ -1,4 +1,4 @@
-"""Reads our nf_tables table, by netlink: chains, rules, elements. Writing is libnftables' part.
+"""Reads our nf_tables table, by netlink: chains, rules, elements. `libnftables` writes, and `batch` removes.
 
 Source: include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h; the enums' names are the kernel's.
 """
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 NFPROTO_INET, NFPROTO_IPV4 = 1, 2
 NFGENMSG = bytes((NFPROTO_INET, 0, 0, 0))  # family, version, resource
-NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM = (
-    10 << 8 | message for message in (1, 4, 7, 10, 13))  # NFNL_SUBSYS_NFTABLES
+NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = (
+    10 << 8 | message for message in (1, 4, 7, 10, 13, 16))  # NFNL_SUBSYS_NFTABLES
+NFTA_GEN_ID = 1
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_HANDLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 2, 3, 4
@@ -74,6 +75,11 @@ class Table:
             if error.errno == ENOENT and kind == NFT_MSG_GETSETELEM:
                 return []
             raise _reading_failed(error) from None
+
+    def generation(self) -> int:
+        """The number of the last transaction that changed the ruleset of this host; never 0."""
+        answer, = self._ask(NFT_MSG_GETGEN, bytes(4))
+        return int.from_bytes(dict(attributes(answer or b"", 4)).get(NFTA_GEN_ID, b""), "big")
 
     # --- the table ---
 
