@@ -34,10 +34,12 @@ NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
 
 HOSTPORTS = "hostports"  # the map of ports that are published on every address
 HOSTIP_HOSTPORTS = {4: "hostip4_hostports", 6: "hostip6_hostports"}  # by family: those of one address
+# By name: what they look up. Sets and maps are declared with `typeof`, never with `type`, and no rule has a map of its
+# own: written by nft 1.1.2 or newer, either makes an older nft on the same host crash (kubernetes#136786).
 MAPS = {
-    HOSTPORTS: "nf_proto . inet_proto . inet_service",
-    HOSTIP_HOSTPORTS[4]: "ipv4_addr . inet_proto . inet_service",
-    HOSTIP_HOSTPORTS[6]: "ipv6_addr . inet_proto . inet_service",
+    HOSTPORTS: "meta nfproto . meta l4proto . th dport",
+    HOSTIP_HOSTPORTS[4]: "ip daddr . meta l4proto . th dport",
+    HOSTIP_HOSTPORTS[6]: "ip6 daddr . meta l4proto . th dport",
 }
 PROTOCOL_AND_PORT = slice(-8, None)  # of a key
 
@@ -276,11 +278,10 @@ def _chain(chain: str, lines: "Iterable[str]") -> list[str]:
 
 
 def _map(name: str, elements: str = "") -> str:
-    return f"add map {TABLE} {name} {{ type {MAPS[name]} : verdict; {elements}}}"
+    return f"add map {TABLE} {name} {{ typeof {MAPS[name]} : verdict; {elements}}}"
 
 
 def _set(elements: str = "") -> str:
-    # typeof: a set that nft 1.1.2 or newer has written with `type` makes an older nft crash
     return f"add set {TABLE} {OPENED} {{ typeof iifname; {elements}}}"
 
 
@@ -370,7 +371,7 @@ def rules_of(attachment: Attachment) -> "Iterator[str]":
             match = f"{_IP[family]} daddr {host_ip}" if host_ip else f"meta nfproto ipv{family}"
             if attachment.conditions.get(family):
                 match += f" {attachment.conditions[family]}"
-            yield from _dnat(f"{match} {protocol} dport", f"dnat {_IP[family]} to", address.ip, protocol, pairs)
+            yield from _dnat(f"{match} {protocol} dport", f"dnat {_IP[family]} to", address.ip, pairs)
 
 
 def _marks(attachment: Attachment) -> "Iterator[str]":
@@ -386,14 +387,10 @@ def _marks(attachment: Attachment) -> "Iterator[str]":
         yield f"{_IP[family]} saddr {address.network} {mark}"  # from the container itself, and its neighbours
 
 
-MANY = 8  # shifted ports. Above, one rule with a map; below, rules, because a map costs libnftables a round trip.
-
-
-def _dnat(match: str, dnat: str, ip: str, protocol: str, pairs: "Sequence[tuple[int, int]]") -> "Iterator[str]":
+def _dnat(match: str, dnat: str, ip: str, pairs: "Sequence[tuple[int, int]]") -> "Iterator[str]":
     """Rules for `pairs` (host port, container port; sorted): consecutive ports that keep their number share one."""
-    shifted = [(host, container) for host, container in pairs if host != container]
     same = [host for host, container in pairs if host == container]
-    bare, target = (f"[{ip}]", f"[{ip}]:") if ":" in ip else (ip, f"{ip}:")
+    target = f"[{ip}]:" if ":" in ip else f"{ip}:"
     first = last = 0
     for port in (*same, 0):
         if port == last + 1 and first:
@@ -403,10 +400,6 @@ def _dnat(match: str, dnat: str, ip: str, protocol: str, pairs: "Sequence[tuple[
             ports, to = (f"{first}-{last}", ip) if first < last else (str(first), f"{target}{first}")
             yield f"{match} {ports} counter {dnat} {to}"
         first = last = port
-    if len(shifted) > MANY:
-        hosts = ", ".join(str(host) for host, _ in shifted)
-        to_ports = ", ".join(f"{host} : {container}" for host, container in shifted)
-        yield f"{match} {{ {hosts} }} counter {dnat} {bare}:{protocol} dport map {{ {to_ports} }}"
-    else:
-        for host, container in shifted:
+    for host, container in pairs:
+        if host != container:
             yield f"{match} {host} counter {dnat} {target}{container}"

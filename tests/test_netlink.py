@@ -327,6 +327,21 @@ def test_dnat_rule(raw, daddr, ports):
     assert (found.target, found.packets) == (b"\x0a\x58\0\2", 5)
 
 
+def test_a_rule_of_0_1_for_many_ports():
+    """It stands for the rules, a port each, that are written now; any other rule stands for itself."""
+    counter, head = expression("counter", 0, 0), DADDR + L4PROTO + DPORT
+    old = head + expression("lookup", "__set0", 1) + counter + TO + DPORT + expression("lookup", "__map0", 1, 2) + \
+        NAT_TO_2
+    sets = {b"__set0\0": [(b"\x1f\x41", b""), (b"\x1f\x40", b"")],
+            b"__map0\0": [(b"\x1f\x41", b"\0\x51"), (b"\x1f\x42", b"\0\x52"), (b"\x1f\x40", b"\0\x50")]}
+    rules = expressions.one_port_each([*expressions.expressions(old)], lambda its_name: sets[its_name])
+    assert rules == [[*expressions.expressions(
+        head + dport(0, host) + counter + TO + expression("immediate", 2, struct.pack(">H", container)) + NAT_TO_2)]
+        for host, container in ((8000, 80), (8001, 81))]
+    other = [*expressions.expressions(head + dport(0, 1) + counter + TO + NAT)]
+    assert expressions.one_port_each(other, lambda _: []) == [other]
+
+
 @pytest.mark.parametrize("raw", [b"", expression("counter", 0, 0), L4PROTO + DPORT + dport(0, 80),
                                  DADDR + expression("immediate", 0, b"")])
 def test_no_dnat_rule(raw):

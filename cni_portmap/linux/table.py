@@ -170,15 +170,17 @@ class Table:
     def snapshot(self, chain: str) -> "list[tuple[object, ...]]":
         """What a chain is, comparable with the same chain elsewhere: how it is hooked, then each of its rules.
 
-        Counters have no values in it, and anonymous sets their elements in place of their names.
+        Counters have no values in it, and anonymous sets their elements in place of their names. A rule for many ports
+        that cni-portmap 0.1 wrote is those that are written now.
         """
-        from .expressions import expressions
+        from .expressions import expressions, one_port_each
         found = self._chain(chain)
         if found is None:
             return []
         hook = tuple(found.get(kind) for kind in (NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE))
-        return [hook, *((comment, *(self._comparable(name, fields) for name, fields in expressions(raw)))
-                        for _, comment, raw in self.rules(chain))]
+        return [hook, *((comment, *(self._comparable(name, fields) for name, fields in rule))
+                        for _, comment, raw in self.rules(chain)
+                        for rule in one_port_each([*expressions(raw)], self.set_elements))]
 
     def _comparable(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
         from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
