@@ -34,10 +34,12 @@ NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
 
 HOSTPORTS = "hostports"  # the map of ports that are published on every address
 HOSTIP_HOSTPORTS = {4: "hostip4_hostports", 6: "hostip6_hostports"}  # by family: those of one address
+# By name: what they look up. Sets and maps are declared with `typeof`, never with `type`, and no rule has a map of its
+# own: written by nft 1.1.2 or newer, either makes an older nft on the same host crash (kubernetes#136786).
 MAPS = {
-    HOSTPORTS: "nf_proto . inet_proto . inet_service",
-    HOSTIP_HOSTPORTS[4]: "ipv4_addr . inet_proto . inet_service",
-    HOSTIP_HOSTPORTS[6]: "ipv6_addr . inet_proto . inet_service",
+    HOSTPORTS: "meta nfproto . meta l4proto . th dport",
+    HOSTIP_HOSTPORTS[4]: "ip daddr . meta l4proto . th dport",
+    HOSTIP_HOSTPORTS[6]: "ip6 daddr . meta l4proto . th dport",
 }
 PROTOCOL_AND_PORT = slice(-8, None)  # of a key
 
@@ -259,7 +261,12 @@ _STANDBY = "also on "
 
 def standby_note(chain: str, ifname: str) -> str:
     """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too."""
-    return "\n".join(_chain(chain, [f'continue comment "{_STANDBY}{ifname}"'])) + "\n"
+    return "\n".join(_chain(chain, [f'continue comment "{standby_comment(ifname)}"'])) + "\n"
+
+
+def standby_comment(ifname: str) -> str:
+    """The comment of that note."""
+    return f"{_STANDBY}{ifname}"
 
 
 def standby_interfaces(comments: "Iterable[str]") -> list[str]:
@@ -285,11 +292,10 @@ def _chain(chain: str, lines: "Iterable[str]") -> list[str]:
 
 
 def _map(name: str, elements: str = "") -> str:
-    return f"add map {TABLE} {name} {{ type {MAPS[name]} : verdict; {elements}}}"
+    return f"add map {TABLE} {name} {{ typeof {MAPS[name]} : verdict; {elements}}}"
 
 
 def _set(elements: str = "") -> str:
-    # typeof: a set that nft 1.1.2 or newer has written with `type` makes an older nft crash
     return f"add set {TABLE} {LOCALHOST_INTERFACES} {{ typeof iifname; {elements}}}"
 
 
@@ -302,12 +308,6 @@ def note_interfaces(interfaces: "Mapping[str, str]") -> str:
 def key_of_interface(name: str) -> bytes:
     """The key of an interface in that set, as the kernel has it."""
     return name.encode().ljust(16, b"\0")
-
-
-def forget_interfaces(interfaces: "Iterable[str]") -> str:
-    """The command that removes the notes of interfaces (names) that are gone."""
-    names = ", ".join(f'"{name}"' for name in interfaces)
-    return f"delete element {TABLE} {LOCALHOST_INTERFACES} {{ {names} }}\n" if names else ""
 
 
 def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = ()) -> str:
@@ -362,6 +362,13 @@ def detach(chains: "Iterable[str]", elements: "Iterable[Element]") -> str:
     return "\n".join(lines) + "\n"
 
 
+def inherit(inherited: "Mapping[Element, str]", notes: "Iterable[tuple[str, str]]") -> str:
+    """Commands that make elements lead to other chains, and note (chain, interface) who stands by there."""
+    text = "".join(map_elements([element for element, its in inherited.items() if its == heir], heir)
+                   for heir in dict.fromkeys(inherited.values()))
+    return text + "".join(standby_note(*note) for note in notes)
+
+
 def probe(family: int, conditions: str) -> str:
     """Commands, for a dry run, that show whether nft takes `conditions` as a match."""
     table = f"inet {TABLE_NAME}_probe"
@@ -385,7 +392,7 @@ def rules_of(attachment: Attachment) -> "Iterator[str]":
             match = f"{_IP[family]} daddr {host_ip}" if host_ip else f"meta nfproto ipv{family}"
             if attachment.conditions.get(family):
                 match += f" {attachment.conditions[family]}"
-            yield from _dnat(f"{match} {protocol} dport", f"dnat {_IP[family]} to", address.ip, protocol, pairs)
+            yield from _dnat(f"{match} {protocol} dport", f"dnat {_IP[family]} to", address.ip, pairs)
 
 
 def _marks(attachment: Attachment) -> "Iterator[str]":
@@ -446,14 +453,10 @@ def share_on_link(chain: str, comments: "list[str]", pairs: "Iterable[tuple[str,
                    for pair in pairs if pair not in known)
 
 
-MANY = 8  # shifted ports. Above, one rule with a map; below, rules, because a map costs libnftables a round trip.
-
-
-def _dnat(match: str, dnat: str, ip: str, protocol: str, pairs: "Sequence[tuple[int, int]]") -> "Iterator[str]":
+def _dnat(match: str, dnat: str, ip: str, pairs: "Sequence[tuple[int, int]]") -> "Iterator[str]":
     """Rules for `pairs` (host port, container port; sorted): consecutive ports that keep their number share one."""
-    shifted = [(host, container) for host, container in pairs if host != container]
     same = [host for host, container in pairs if host == container]
-    bare, target = (f"[{ip}]", f"[{ip}]:") if ":" in ip else (ip, f"{ip}:")
+    target = f"[{ip}]:" if ":" in ip else f"{ip}:"
     first = last = 0
     for port in (*same, 0):
         if port == last + 1 and first:
@@ -463,10 +466,6 @@ def _dnat(match: str, dnat: str, ip: str, protocol: str, pairs: "Sequence[tuple[
             ports, to = (f"{first}-{last}", ip) if first < last else (str(first), f"{target}{first}")
             yield f"{match} {ports} counter {dnat} {to}"
         first = last = port
-    if len(shifted) > MANY:
-        hosts = ", ".join(str(host) for host, _ in shifted)
-        to_ports = ", ".join(f"{host} : {container}" for host, container in shifted)
-        yield f"{match} {{ {hosts} }} counter {dnat} {bare}:{protocol} dport map {{ {to_ports} }}"
-    else:
-        for host, container in shifted:
+    for host, container in pairs:
+        if host != container:
             yield f"{match} {host} counter {dnat} {target}{container}"

@@ -402,22 +402,31 @@ def test_a_stopped_terminal_holds_nobody_up(host):
     call.wait()
 
 
-@pytest.mark.parametrize("verb", ["ADD", "DEL"])
-def test_a_flush_in_the_middle(host, verb):
-    """Somebody flushes the ruleset between what a call reads and what it writes: it tries once more, and succeeds."""
+# What somebody else does between what a call reads and what it writes.
+MEANWHILE = {
+    "flush": [f"delete table {TABLE}"],
+    "another table": ["add table inet another"],
+    "a port of its own": [f"delete element {TABLE} hostports {{ ipv4 . tcp . 8080 }}"],
+}
+
+
+@pytest.mark.parametrize("verb, what", [("ADD", "flush"), *(("DEL", what) for what in MEANWHILE)])
+def test_another_hand_in_the_middle(host, verb, what):
+    """Somebody changes the ruleset between what a call reads and what it writes: it reads again, and succeeds."""
     pod = Pod("web", "8080:80")
     host.add(pod)
     if verb == "ADD":
         pod = Pod("second", "9090:90")
 
-    def flush_once() -> None:
-        transact = kernel.Kernel.transact
+    def prepare() -> None:
+        name = "transact" if verb == "ADD" else "remove"
+        write = getattr(kernel.Kernel, name)
 
-        def flushed(self: kernel.Kernel, text: str) -> None:
-            kernel.Kernel.transact = transact  # type: ignore[method-assign]
-            lab.nft_script(f"delete table {TABLE}")
-            self.transact(text)
-        kernel.Kernel.transact = flushed  # type: ignore[method-assign,assignment]
-    reply = fork(verb, pod, prepare=flush_once)
+        def late(*arguments: object) -> object:
+            setattr(kernel.Kernel, name, write)
+            lab.nft_script(*MEANWHILE[what])
+            return write(*arguments)
+        setattr(kernel.Kernel, name, late)
+    reply = fork(verb, pod, prepare=prepare)
     assert not reply.code, reply
     assert lab.chains() == [pod.chain] * (verb == "ADD")

@@ -4,6 +4,8 @@ import socket
 
 import lab
 import pytest
+from cni_portmap import ruleset
+from cni_portmap.linux.kernel import Kernel
 from lab import Pod
 
 BOTH = "10.20.0.2/24", "fd20::2/64"
@@ -275,6 +277,29 @@ def test_heir_of_another_address(host):
     host.delete(wan)
     assert lab.elements() == {("127.0.0.1", "tcp", "8080"): lan.chain}
     assert not host.call("CHECK", lan.but("127.0.0.1:8080:80")).code
+
+
+def test_heirs_stand_by_for_one_another(host):
+    """The first of three leaves: the second gets its port, with a note that the third stands by, as ADD writes it."""
+    pods = [Pod("web", "8080:80", ifname=f"eth{index}", network=f"net{index}", ips=(f"10.2{index}.0.2/24",))
+            for index in range(3)]
+    host.add(*pods)
+    host.delete(pods[0])
+    assert lab.elements() == {("ipv4", "tcp", "8080"): pods[1].chain}
+    lab.nft_script(ruleset.standby_note(pods[1].chain, "eth2"))
+    ours, theirs = Kernel().rules(pods[1].chain)[-2:]
+    assert ours == theirs and ours[1] == "also on eth2"
+    host.delete(pods[1])
+    assert lab.elements() == {("ipv4", "tcp", "8080"): pods[2].chain}
+
+
+def test_many_ports_leave_at_once(host):
+    """What is removed may be larger than a socket sends by itself (net.core.wmem_default); it is one transaction."""
+    many = Pod("many", *(f"{port}:{port}" for port in range(1001, 11001)))
+    host.add(many)
+    before = lab.generation()
+    host.delete(many)
+    assert not lab.chains() and not lab.elements() and lab.generation() == before + 1
 
 
 # --- processes of the host ------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ DELETE = LINUX | STEPS | {"cni_portmap.verbs.delete"}
 ADD = LINUX | STEPS | {"cni_portmap.verbs.add", "cni_portmap.linux.libnftables"}
 FLOWS = {"cni_portmap.verbs.flows", "cni_portmap.linux.conntrack"}
 READING = {"cni_portmap.linux.expressions"}
+BATCH = {"cni_portmap.linux.batch"}  # instead of libnftables
 LOCK = {"fcntl", "_signal"}  # _signal is part of the bare interpreter, or not
 NEVER = {"json", "os", "re", "enum", "typing", "collections", "functools", "dataclasses", "ipaddress", "hashlib",
          "subprocess", "logging", "pathlib", "socket", "signal", "site", "importlib.metadata", "jsonschema", "pyroute2",
@@ -113,7 +114,7 @@ def test_life(own_kernel):
     attached = configuration(PORT, {**PORT, "hostPort": 9000, "protocol": "udp"})
     valid = [{"containerID": VARIABLES["CNI_CONTAINERID"], "ifname": VARIABLES["CNI_IFNAME"]}]
     gc = configuration(**{"cni.dev/valid-attachments": valid})
-    adding, removing = PROTOCOL | ADD | LOCK | binding, PROTOCOL | DELETE | LOCK | binding
+    adding, removing = PROTOCOL | ADD | LOCK | binding, PROTOCOL | DELETE | LOCK | FLOWS | READING | BATCH
     expected = [
         ("DEL", configuration(), PROTOCOL | DELETE),
         ("STATUS", configuration(), PROTOCOL | LINUX | STEPS | binding | {"cni_portmap.verbs.status",
@@ -123,8 +124,9 @@ def test_life(own_kernel):
         ("CHECK", configuration(PORT), PROTOCOL | LINUX | STEPS | LOCK | READING | binding |
          {"cni_portmap.verbs.check", "cni_portmap.linux.libnftables"}),
         ("GC", gc, PROTOCOL | DELETE | LOCK | {"cni_portmap.verbs.gc"}),
-        ("DEL", configuration(), removing | FLOWS | READING | {"cni_portmap.linux.libnftables"}),
-        ("DEL", configuration(), PROTOCOL | DELETE)]
+        ("DEL", configuration(), removing), ("DEL", configuration(), PROTOCOL | DELETE),
+        ("ADD", configuration(PORT), adding),
+        ("GC", configuration(**{"cni.dev/valid-attachments": []}), removing | {"cni_portmap.verbs.gc"})]
     for verb, given, modules in expected:
         found = loaded(verb, given, *own_kernel)
         assert found - LOCK == modules - LOCK, (verb, given)

@@ -10,9 +10,10 @@ import pytest
 
 from cni_portmap.cni import CniError
 from cni_portmap.linux import conntrack, expressions, netlink, table
+from cni_portmap.linux.kernel import Kernel
 from cni_portmap.linux.netlink import attribute, attributes, nested
 
-EPERM, ENOENT, ESRCH, EINTR, EEXIST, EINVAL = 1, 2, 3, 4, 17, 22
+EPERM, ENOENT, ESRCH, EINTR, EBUSY, EEXIST, EINVAL = 1, 2, 3, 4, 16, 17, 22
 ERROR, DONE, MULTI, INTERRUPTED = 2, 3, 2, 0x10
 
 
@@ -31,10 +32,19 @@ DONE_MESSAGE = message(DONE, bytes(4))
 
 
 class Wire:
-    """A socket whose other end is a list of datagrams; `sent` are the messages, as (kind, flags, body)."""
+    """A socket whose other end is a list of datagrams; `sent` are the messages, as (kind, flags, body).
+
+    `datagrams_sent`: in how many. `options`: those that were set; `denied`: those that are refused.
+    """
 
     def __init__(self, datagrams):
-        self.datagrams, self.sent = list(datagrams), []
+        self.datagrams, self.sent, self.datagrams_sent = list(datagrams), [], 0
+        self.options, self.denied = {}, set()
+
+    def setsockopt(self, _, option, value):
+        if option in self.denied:
+            raise PermissionError(EPERM, "")
+        self.options[option] = value
 
     def __call__(self, *_):
         return self
@@ -43,6 +53,7 @@ class Wire:
         self.datagrams = []
 
     def send(self, data):
+        self.datagrams_sent += 1
         while data:
             length, kind, flags, _, _ = struct.unpack_from("=IHHII", data)
             self.sent.append((kind, flags, data[16:length]))
@@ -187,7 +198,7 @@ def test_any_datagram(data):
     found = netlink.Socket.__new__(netlink.Socket)
     found._socket, found._sequence = Wire([data]), 0
     with contextlib.suppress(OSError):
-        assert len([*itertools.islice(found._receive(0), 100)]) <= len(data)
+        assert len([*itertools.islice(found.receive(0), 100)]) <= len(data)
 
 
 @pytest.mark.parametrize("datagram", [
@@ -316,12 +327,121 @@ def test_dnat_rule(raw, daddr, ports):
     assert (found.target, found.packets) == (b"\x0a\x58\0\2", 5)
 
 
+def test_a_rule_of_0_1_for_many_ports():
+    """It stands for the rules, a port each, that are written now; any other rule stands for itself."""
+    counter, head = expression("counter", 0, 0), DADDR + L4PROTO + DPORT
+    old = head + expression("lookup", "__set0", 1) + counter + TO + DPORT + expression("lookup", "__map0", 1, 2) + \
+        NAT_TO_2
+    sets = {b"__set0\0": [(b"\x1f\x41", b""), (b"\x1f\x40", b"")],
+            b"__map0\0": [(b"\x1f\x41", b"\0\x51"), (b"\x1f\x42", b"\0\x52"), (b"\x1f\x40", b"\0\x50")]}
+    rules = expressions.one_port_each([*expressions.expressions(old)], lambda its_name: sets[its_name])
+    assert rules == [[*expressions.expressions(
+        head + dport(0, host) + counter + TO + expression("immediate", 2, struct.pack(">H", container)) + NAT_TO_2)]
+        for host, container in ((8000, 80), (8001, 81))]
+    other = [*expressions.expressions(head + dport(0, 1) + counter + TO + NAT)]
+    assert expressions.one_port_each(other, lambda _: []) == [other]
+
+
 @pytest.mark.parametrize("raw", [b"", expression("counter", 0, 0), L4PROTO + DPORT + dport(0, 80),
                                  DADDR + expression("immediate", 0, b"")])
 def test_no_dnat_rule(raw):
     """A rule that translates nothing has no target and no ports."""
     found = expressions.DnatRule(raw, lambda _: [])
     assert (found.target, found.ports) == (b"", {})
+
+
+# --- transactions that remove ---------------------------------------------------------------------------------
+
+WEB4, WEB6 = ("hostports", KEY), ("hostip6_hostports", bytes(range(24)))
+DELCHAIN, NEWRULE, NEWSETELEM, DELSETELEM = 0xa05, 0xa06, 0xa0c, 0xa0e
+REMOVAL = 7, ["c/a/eth0", "c/b/eth0"], [WEB4, WEB6], {WEB4: "c/a/eth1"}, [("c/a/eth1", "eth2")], ["veth9"]
+
+
+def tree(data, at=0):
+    """Attributes as (type, content), content being attributes where the type says that they are nested."""
+    found = []
+    while at < len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        payload = data[at + 4:at + length]
+        found.append((kind & 0x3fff, tree(payload) if kind & 0x8000 else payload))
+        at += length + 3 & ~3
+    return found
+
+
+def test_removal(wire):
+    """One datagram: elements go before their chain, and what is inherited comes after it. With another generation
+    than this the kernel refuses it."""
+    there = wire(error(0, 8))
+    assert Kernel().remove(*REMOVAL) and there.datagrams_sent == 1
+    begin, *commands, end = there.sent
+    assert begin == (0x10, 1, bytes((0, 0, 0, 10)) + attribute(1, bytes((0, 0, 0, 7))))
+    assert end == (0x11, 1, bytes((0, 0, 0, 10)))
+    assert {body[:4] for _, _, body in commands} == {bytes((1, 0, 0, 0))}
+    ours = (1, b"cni_portmap\0")
+    goto = (2, [(2, [(1, b"\xff\xff\xff\xfc"), (2, b"c/a/eth1\0")])])
+    going_on = (2, [(1, bytes(4)), (2, [(2, [(1, b"\xff\xff\xff\xff")])])])
+    assert [(kind, flags, tree(body, 4)) for kind, flags, body in commands] == [
+        (DELSETELEM, 1, [ours, (2, b"hostports\0"), (3, [(1, [(1, [(1, WEB4[1])])])])]),
+        (DELSETELEM, 1, [ours, (2, b"hostip6_hostports\0"), (3, [(1, [(1, [(1, WEB6[1])])])])]),
+        (DELSETELEM, 1, [ours, (2, b"localhost_interfaces\0"), (3, [(1, [(1, [(1, b"veth9" + bytes(11))])])])]),
+        (DELCHAIN, 1, [ours, (3, b"c/a/eth0\0")]), (DELCHAIN, 1, [ours, (3, b"c/b/eth0\0")]),
+        (NEWSETELEM, 0x601, [ours, (2, b"hostports\0"), (3, [(1, [(1, [(1, WEB4[1])]), goto])])]),
+        (NEWRULE, 0xc05, [ours, (2, b"c/a/eth1\0"), (4, [(1, [(1, b"immediate\0"), going_on])]),
+                          (7, b"\0\x0dalso on eth2\0")])]
+
+
+@pytest.mark.parametrize("code, sequence, says", [
+    (EBUSY, 5, "Device or resource busy, in: delete chain inet cni_portmap c/a/eth0"),
+    (EINVAL, 2, "Invalid argument, in: delete element inet cni_portmap hostports"),
+    (EEXIST, 7, "File exists, in: create element inet cni_portmap hostports"),
+    (EPERM, 1, "Operation not permitted, in: begin")])
+def test_removal_refused(wire, code, sequence, says):
+    """The kernel's word on the first message that it refuses, and what that was to do."""
+    wire(error(code, sequence) + error(ENOENT, 8), error(0, 8), message(0xa00, bytes(4)))
+    with pytest.raises(CniError) as caught:
+        Kernel().remove(*REMOVAL)
+    assert (caught.value.code, caught.value.args[0]) == (100, f"nftables rejected the transaction: {says}")
+    assert ("root" in caught.value.details) == (code == EPERM)
+
+
+@pytest.mark.parametrize("code, sequence", [(85, 1), (ENOENT, 2), (ENOENT, 8)])  # ERESTART: another generation
+def test_removal_is_stale(wire, code, sequence):
+    """Where the ruleset is not the one that was read, nothing is written, and that is no error."""
+    there = wire(error(code, sequence))
+    assert not Kernel().remove(*REMOVAL)
+    assert there.datagrams == []
+
+
+def test_removal_cannot_be_sent(wire):
+    """What the socket itself refuses is an error of its own."""
+    def send(_):
+        raise OSError(90, "too long")
+    wire().send = send
+    with pytest.raises(CniError, match="cannot write nf_tables: Message too long") as caught:
+        Kernel().remove(*REMOVAL)
+    assert caught.value.code == 5
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_removal_of_every_port(wire, denied):
+    """65,535 ports are one datagram, for which the socket's buffer is made large enough; each list fits its attribute.
+    """
+    there = wire(error(0, 68))
+    there.denied = {netlink.SO_SNDBUFFORCE} if denied else set()  # in a user namespace it is
+    keys = [("hostports", KEY[:8] + struct.pack(">HH", port, 0)) for port in range(1, 65536)]
+    assert Kernel().remove(1, ["c/a/eth0"], keys, {}, [], [])
+    assert (there.datagrams_sent, len(there.sent)) == (1, 1 + 66 + 1 + 1)
+    found = [element for kind, _, body in there.sent if kind == DELSETELEM for element in tree(body, 4)[2][1]]
+    assert found == [(1, [(1, [(1, key)])]) for _, key in keys]
+    size = sum(16 + len(body) for _, _, body in there.sent)
+    assert there.options == {socket.SO_SNDBUF if denied else netlink.SO_SNDBUFFORCE: size}
+
+
+def test_generation(wire):
+    """The number of the last transaction."""
+    there = wire(message(0xa0f, bytes(4) + attribute(1, bytes((0, 1, 0, 2)))))
+    assert table.Table().generation() == 65538
+    assert there.sent == [(0xa10, 1, bytes(4))]
 
 
 # --- netlink, addresses, links ---------------------------------------------------------------------------------

@@ -347,16 +347,15 @@ def test_refusals_name_the_pod():
 
 
 @pytest.mark.parametrize("failures, written", [(1, True), (2, False)])
-@pytest.mark.parametrize("verb", ["ADD", "DEL"])
-def test_a_flush_in_the_middle(verb, failures, written):
-    """A flush between reading and writing makes the call try once more."""
+def test_a_flush_in_the_middle(failures, written):
+    """What had been read is gone when it is written: it is tried once more."""
     left = [cni.CniError(100, "nftables rejected it: No such file or directory, in: create chain x")] * failures
 
     def transact(text):
         if left:
             raise left.pop()
-    kernel = RecordingKernel(**(INTACT if verb == "ADD" else holding(FULL)), transact=transact)
-    status, document = respond(verb, configuration(PORT), kernel)
+    kernel = RecordingKernel(**INTACT, transact=transact)
+    status, document = respond("ADD", configuration(PORT), kernel)
     assert (status, len(kernel.named("lock"))) == (0 if written else 1, 2)
     assert written or document["code"] == 100
 
@@ -650,7 +649,36 @@ def test_delete_race():
     there = iter([True, False])
     kernel = RecordingKernel(has_chain=lambda chain: next(there))
     delete("web-1", "eth0", kernel)
-    assert kernel.written == [] and [call[0] for call in kernel.calls][:3] == ["has_chain", "lock", "has_chain"]
+    assert kernel.written == [] and [call[0] for call in kernel.calls if call[0] != "generation"][:3] == \
+        ["has_chain", "lock", "has_chain"]
+
+
+def test_delete_reads_again():
+    """What others have changed between reading and writing is read again, before that and after the generation."""
+    generations, there = iter([1, 2, 3]), iter([True, True, True, False])
+    kernel = RecordingKernel(**{**holding(FULL), "has_chain": lambda chain: next(there)},
+                             generation=lambda: next(generations), remove=False)
+    delete("web-1", "eth0", kernel)
+    assert [call[1:3] for call in kernel.named("remove")] == [(1, [CHAIN]), (2, [CHAIN])]
+    order = [call[0] for call in kernel.calls]
+    assert order.count("lock") == order.count("unlock") == 1 and order.count("owned_elements") == 3
+    assert [name for name in order if name in ("generation", "has_chain", "remove")][1:] == \
+        ["generation", "has_chain", "remove"] * 2 + ["generation", "has_chain"]
+
+
+def test_delete_gives_up():
+    """Where others write all the time, DEL minds only what is gone; where that is always so, it ends."""
+    kernel = RecordingKernel(**holding(FULL), remove=False, generation=7)
+    status, document = respond("DEL", configuration(PORT), kernel)
+    assert (status, document["code"]) == (1, 11)
+    assert [call[1] for call in kernel.named("remove")] == [7] * 5 + [0] * 5
+
+
+def test_delete_drops_notes_of_what_is_gone():
+    """What was opened to localhost is forgotten once the interface is gone."""
+    kernel = RecordingKernel(**holding(FULL), noted_and_gone=["veth9"])
+    delete("web-1", "eth0", kernel)
+    assert kernel.named("remove")[0][-1] == ["veth9"]
 
 
 @pytest.mark.parametrize("keys", [
@@ -704,10 +732,11 @@ def test_prune():
 
 def test_gc_goes_on():
     """An attachment that can't be removed doesn't keep the others; all failures are reported."""
-    def transact(text):
-        if "c/a/eth" in text:
+    def remove(_, chains, *others):
+        if chains[0].startswith("c/a/eth"):
             raise cni.CniError(100, "refused")
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, transact=transact)
+        return True
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, remove=remove)
     with pytest.raises(cni.CniError) as caught:
         gc("lab", set(), kernel)
     assert caught.value.code == 100 and "2" in caught.value.args[0] and caught.value.details.count("refused") == 2
@@ -1095,7 +1124,8 @@ def test_every_call_fails(name):
         if call == ("unlock",) or verb == "GC" and status == 0:  # GC goes on, one by one
             continue
         assert (status, document["code"]) == (1, 50 if verb == "STATUS" else 5), document
-        assert kernel.written == whole.written[:len([call for call in whole.calls[:fails_at] if call[0] == "transact"])]
+        writes = [call for call in whole.calls[:fails_at] if call[0] in ("transact", "remove")]
+        assert kernel.written == whole.written[:len(writes)]
         failed = kernel.calls[-1] == ("lock",)
         assert len(kernel.named("unlock")) == len(kernel.named("lock")) - failed
 

@@ -10,7 +10,7 @@ from ..cni import IO_FAILURE, CniError
 # errno(3): numbers of x86 and arm, as of most others; the module of that name costs 0.08 ms.
 EPERM, ENOENT, ESRCH, EINTR, ENXIO, EACCES, EEXIST, ENODEV, ENOTDIR = 1, 2, 3, 4, 6, 13, 17, 19, 20
 EINVAL, ENFILE, EMFILE, ENOSPC, EROFS, ENAMETOOLONG = 22, 23, 24, 28, 30, 36
-EBADMSG, EOPNOTSUPP, EAFNOSUPPORT, EADDRINUSE, ENETUNREACH, EHOSTUNREACH = 74, 95, 97, 98, 101, 113
+EBADMSG, ERESTART, EOPNOTSUPP, EAFNOSUPPORT, EADDRINUSE, ENETUNREACH, EHOSTUNREACH = 74, 85, 95, 97, 98, 101, 113
 
 HINTS = {
     EPERM: "run it as root, with CAP_NET_ADMIN in the network namespace of the host",

@@ -2,11 +2,14 @@
 
 Source: include/uapi/linux/netfilter/nf_tables.h; the enums' names are the kernel's.
 """
-from .netlink import attributes, text
+from .netlink import attribute, attributes, text
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    Expressions = list[tuple[str, dict[int, bytes]]]
+    Elements = Callable[[bytes], Iterable[tuple[bytes, bytes]]]  # keys and values of a set or map, by its name
 
 NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 2
 NFTA_DATA_VALUE = 1
@@ -32,19 +35,34 @@ def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
         yield text(found.get(NFTA_EXPR_NAME, b"")), dict(attributes(found.get(NFTA_EXPR_DATA, b"")))
 
 
+def one_port_each(rule: "Expressions", elements: "Elements") -> "list[Expressions]":
+    """The rules that stand for one which maps many ports, as cni-portmap 0.1 wrote it; any other rule is itself."""
+    if [name for name, _ in rule[-6:]] != ["lookup", "counter", "immediate", "payload", "lookup", "nat"]:
+        return [rule]
+    (_, asked), counter, address, _, (_, mapped), nat = rule[-6:]
+    ports = {host for host, _ in elements(asked[NFTA_LOOKUP_SET])}
+    return [[*rule[:-6],
+             ("cmp", {NFTA_CMP_SREG: asked[NFTA_LOOKUP_SREG], NFTA_CMP_OP: NFT_CMP_EQ.to_bytes(4, "big"),
+                      NFTA_CMP_DATA: attribute(NFTA_DATA_VALUE, host)}),
+             counter, address,
+             ("immediate", {NFTA_IMMEDIATE_DREG: mapped[NFTA_LOOKUP_DREG],
+                            NFTA_IMMEDIATE_DATA: attribute(NFTA_DATA_VALUE, container)}), nat]
+            for host, container in sorted(elements(mapped[NFTA_LOOKUP_SET])) if host in ports]
+
+
 class DnatRule:
     """A dnat rule, read from its expressions: the ports that it takes, and where they go.
 
     `ports`: host port -> container port; `protocol`: a number; `packets`: how many connections were made through it;
     `daddr`: the destination address that it asks for, packed, b"" for none; `target`: the container's address, packed,
     b"" where it is no dnat rule. It reads what `ruleset` lets libnftables compile: comparisons of the destination
-    port, an anonymous set or map of ports (`elements` fetches one by its name), immediate addresses and ports.
+    port, immediate addresses and ports; and an anonymous map of ports (`elements` fetches it), which 0.1 wrote.
     """
 
     __slots__ = ("daddr", "packets", "ports", "protocol", "target",
                  "_elements", "_highest", "_loaded", "_lowest", "_mapped", "_values")
 
-    def __init__(self, raw: bytes, elements: "Callable[[bytes], Iterable[tuple[bytes, bytes]]]") -> None:
+    def __init__(self, raw: bytes, elements: "Elements") -> None:
         self.packets, self.protocol, self.daddr, self.target = 0, 0, b"", b""
         self.ports: dict[int, int] = {}
         self._elements = elements

@@ -8,15 +8,15 @@ from .. import ruleset
 from ..attachment import AF
 from ..cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, is_ifname, warn
 from . import (EACCES, EADDRINUSE, EAFNOSUPPORT, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ENOENT, ENOTDIR, ENXIO,
-               EOPNOTSUPP, EPERM, HINTS, read, system_error)
+               EOPNOTSUPP, EPERM, ERESTART, HINTS, read, system_error)
 from .table import Table
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from ..ruleset import Owner
+    from ..ruleset import Element, Owner
     from .alive import Verdict
     from .conntrack import Filter, Flow
     from .libnftables import Libnftables
@@ -186,11 +186,32 @@ class Kernel(Table):
         """Run nft commands, a line each, as one transaction: all of them or none."""
         problem = self._libnftables().run(text)
         if problem:
-            hint = "no changes were made"
-            if "Operation not permitted" in problem:
-                hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
-                    HINTS[EPERM]
-            raise CniError(NFT_REFUSED, f"nftables rejected the transaction: {problem}", hint)
+            raise self._refused(problem)
+
+    def remove(self, generation: int, chains: "Iterable[str]", elements: "Iterable[Element]",
+               inherited: "Mapping[Element, str]", notes: "Iterable[tuple[str, str]]",
+               interfaces: "Iterable[str]") -> bool:
+        """Remove attachments' `chains`, map `elements`, and the notes of `interfaces` (names), as one transaction.
+
+        In it, too: what is `inherited` leads to other chains from then on, and `notes` (chain, interface) are made of
+        who stands by there. False, and nothing is written, where the ruleset is not that of `generation` (0: whichever)
+        any more, or something of it is gone.
+        """
+        from .batch import removal, send
+        try:
+            code, command = send(self._netlink(), removal(generation, chains, elements, inherited, notes, interfaces))
+        except OSError as error:
+            raise system_error("cannot write nf_tables", error) from None
+        if code not in (0, ERESTART, ENOENT):
+            raise self._refused(f"{posix.strerror(code)}, in: {command}")
+        return not code
+
+    def _refused(self, problem: str) -> CniError:
+        hint = "no changes were made"
+        if "Operation not permitted" in problem:
+            hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
+                HINTS[EPERM]
+        return CniError(NFT_REFUSED, f"nftables rejected the transaction: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
         """The reason nft or the kernel would reject the commands, "" for none. Writes nothing."""

@@ -6,7 +6,8 @@ containers) and would need the json package to be understood (7 ms); pyroute2 ta
 Source: include/uapi/linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h; netlink(7), rtnetlink(7). Every call raises
 OSError with the kernel's errno.
 """
-from _socket import AF_INET6, AF_NETLINK, SOCK_CLOEXEC, SOCK_RAW, if_indextoname, inet_ntop, inet_pton, socket
+from _socket import (AF_INET6, AF_NETLINK, SO_SNDBUF, SOCK_CLOEXEC, SOCK_RAW, SOL_SOCKET, if_indextoname, inet_ntop,
+                     inet_pton, socket)
 from _struct import Struct
 
 from ..attachment import AF
@@ -21,6 +22,8 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLM_F_CREATE, NLM_F_APPEND = 0x400, 0x800
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3fff
+SO_SNDBUFFORCE = 32
+SEND_BUFFER = 1 << 17  # bytes that any socket sends at once: less than net.core.wmem_default
 _HEADER = Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = Struct("=HH")  # nlattr: length, type
 _INT = Struct("=i")
@@ -57,7 +60,7 @@ def text(name: bytes) -> str:
     return name[:-1].decode(errors="replace")
 
 
-def _error_of(answer: bytes) -> int:
+def error_of(answer: bytes) -> int:
     """The errno in an error or the end of a list, 0 for none."""
     return -_INT.unpack_from(answer)[0] if len(answer) >= 4 else 0
 
@@ -81,16 +84,29 @@ class Socket:
         """Close it. One of NETLINK_NETFILTER waits for this process' own deletions (11 ms), see `Kernel.leave`."""
         self._socket.close()
 
+    def send(self, messages: "Sequence[tuple[int, int, bytes]]") -> int:
+        """Send messages (type, flags, body) at once; the sequence number of the first, which the others follow."""
+        first = self._sequence + 1
+        self._sequence += len(messages)
+        data = b"".join(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | flags, first + index, 0) + body +
+                        bytes(-len(body) % 4) for index, (kind, flags, body) in enumerate(messages))
+        if len(data) > SEND_BUFFER:
+            try:
+                self._socket.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, len(data))
+            except OSError:  # in a user namespace: up to net.core.wmem_max
+                self._socket.setsockopt(SOL_SOCKET, SO_SNDBUF, len(data))
+        self._socket.send(data)
+        return first
+
     def stream(self, kind: int, body: bytes, flags: int) -> "Iterator[bytes]":
         """The bodies of the answers to one message, as they come."""
-        self._sequence += 1
-        self._socket.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | flags, self._sequence, 0) + body)
+        sequence = self.send([(kind, flags, body)])
         interrupted = False
         while True:
-            for answer, its_kind, its_flags in self._receive(self._sequence):
+            for answer, its_kind, its_flags, _ in self.receive(sequence):
                 interrupted |= bool(its_flags & NLM_F_DUMP_INTR)
                 if its_kind in (NLMSG_ERROR, NLMSG_DONE):
-                    code = _error_of(answer)
+                    code = error_of(answer)
                     if code or interrupted:
                         raise OSError(code or EINTR, "netlink")
                     return
@@ -116,26 +132,22 @@ class Socket:
         waiting = [*bodies]
         while waiting:
             batch, waiting = waiting[:64], waiting[64:]  # their answers fit the socket's buffer
-            first = self._sequence + 1
-            self._sequence += len(batch)
-            self._socket.send(b"".join(
-                _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | flags, first + index, 0) + body +
-                bytes(-len(body) % 4) for index, body in enumerate(batch)))
+            first = self.send([(kind, flags, body) for body in batch])
             received = 0
             while received < len(batch):
-                for answer, its_kind, _ in self._receive(first):
+                for answer, its_kind, _, _ in self.receive(first):
                     received += 1
                     if its_kind != NLMSG_ERROR:
                         answers.append(answer)
                         continue
-                    code = _error_of(answer)
+                    code = error_of(answer)
                     if code not in (0, ENOENT, ENODEV):
                         raise OSError(code, "netlink")
                     answers.append(None if code else b"")
         return answers
 
-    def _receive(self, first: int) -> "Iterator[tuple[bytes, int, int]]":
-        """Body, type and flags of each message in the next datagram that answers question `first` or a later one.
+    def receive(self, first: int) -> "Iterator[tuple[bytes, int, int, int]]":
+        """Body, type, flags and sequence number of each message in the next datagram that answers `first` or a later.
 
         What still comes for an earlier one, which ended with an error, is passed over.
         """
@@ -146,7 +158,7 @@ class Socket:
             if length < 16:
                 raise OSError(EBADMSG, "netlink")
             if sequence >= first:
-                yield data[at + 16:at + length], kind, flags
+                yield data[at + 16:at + length], kind, flags, sequence
             at += length + 3 & ~3
 
 

@@ -1,4 +1,4 @@
-"""Reads our nf_tables table, by netlink: chains, rules, elements. Writing is libnftables' part.
+"""Reads our nf_tables table, by netlink: chains, rules, elements. `libnftables` writes, and `batch` removes.
 
 Source: include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h; the enums' names are the kernel's.
 """
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 NFPROTO_INET, NFPROTO_IPV4 = 1, 2
 NFGENMSG = bytes((NFPROTO_INET, 0, 0, 0))  # family, version, resource
-NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM = (
-    10 << 8 | message for message in (1, 4, 7, 10, 13))  # NFNL_SUBSYS_NFTABLES
+NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = (
+    10 << 8 | message for message in (1, 4, 7, 10, 13, 16))  # NFNL_SUBSYS_NFTABLES
+NFTA_GEN_ID = 1
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_HANDLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 2, 3, 4
@@ -74,6 +75,11 @@ class Table:
             if error.errno == ENOENT and kind == NFT_MSG_GETSETELEM:
                 return []
             raise _reading_failed(error) from None
+
+    def generation(self) -> int:
+        """The number of the last transaction that changed the ruleset of this host; never 0."""
+        answer, = self._ask(NFT_MSG_GETGEN, bytes(4))
+        return int.from_bytes(dict(attributes(answer or b"", 4)).get(NFTA_GEN_ID, b""), "big")
 
     # --- the table ---
 
@@ -164,15 +170,17 @@ class Table:
     def snapshot(self, chain: str) -> "list[tuple[object, ...]]":
         """A chain in a form that can be compared with the same chain elsewhere: its hook, then each of its rules.
 
-        Counters have no values in it, and anonymous sets their elements in place of their names.
+        Counters have no values in it, and anonymous sets their elements in place of their names. A rule for many ports
+        that cni-portmap 0.1 wrote is those that are written now.
         """
-        from .expressions import expressions
+        from .expressions import expressions, one_port_each
         found = self._chain(chain)
         if found is None:
             return []
         hook = tuple(found.get(kind) for kind in (NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE))
-        return [hook, *((comment, *(self._comparable(name, fields) for name, fields in expressions(raw)))
-                        for _, comment, raw in self.rules(chain))]
+        return [hook, *((comment, *(self._comparable(name, fields) for name, fields in rule))
+                        for _, comment, raw in self.rules(chain)
+                        for rule in one_port_each([*expressions(raw)], self.set_elements))]
 
     def _comparable(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
         from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG

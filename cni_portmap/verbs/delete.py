@@ -1,7 +1,7 @@
 """DEL: remove what an attachment owns; for GC and the command, remove many."""
 from .. import ruleset
 from ..cni import TRY_AGAIN_LATER, CniError
-from .steps import detach, is_flush
+from .steps import inheritance
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 
     from ..linux.kernel import Kernel
     from ..ruleset import Owner
+
+
+# How often to read again what somebody else's transaction may have changed before ours. Where others write all the
+# time, to whatever tables, the last tries mind only what is gone: between our own calls there is the lock.
+TRIES, LAST_TRIES = 10, 5
 
 
 def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
@@ -25,21 +30,18 @@ def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] |
     `handles`: what was judged; a chain with another handle was written meanwhile, and stays.
     """
     chains = [*chains]
-    try:
-        _remove(chains, kernel, handles)
-    except CniError as error:
-        if not is_flush(error):
-            raise
-        _remove(chains, kernel, handles)
-
-
-def _remove(chains: "list[str]", kernel: "Kernel", handles: "dict[str, int] | None") -> None:
     with kernel.lock():
-        there = [chain for chain in chains if (kernel.has_chain(chain) if handles is None else
-                                               kernel.handle(chain) == handles.get(chain))]
-        owned, targets = kernel.owned_elements(there), kernel.targets(there)
-        if there:
-            kernel.transact(detach(there, owned, owned, kernel) + ruleset.forget_interfaces(kernel.noted_and_gone()))
+        for left in range(TRIES, 0, -1):
+            generation = kernel.generation() if left > LAST_TRIES else 0
+            there = [chain for chain in chains if (kernel.has_chain(chain) if handles is None else
+                                                   kernel.handle(chain) == handles.get(chain))]
+            owned, targets = kernel.owned_elements(there), kernel.targets(there)
+            if not there or kernel.remove(generation, there, [element for element, _ in owned],
+                                          *inheritance(there, owned, kernel), kernel.noted_and_gone()):
+                break
+        else:
+            raise CniError(TRY_AGAIN_LATER, f"table {ruleset.TABLE} changed each time between reading and writing",
+                           "no changes were made; see who changes it: nft monitor")
     if owned:
         from .flows import delete_released_flows
         delete_released_flows(owned, targets, kernel)

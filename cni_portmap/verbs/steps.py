@@ -40,7 +40,11 @@ def attach(attachment: Attachment, elsewhere: "dict[Element, str]", kernel: "Ker
 def note_standby(ifname: str, chains: "Iterable[str]", kernel: "Kernel") -> str:
     """Commands that note in `chains` that their container publishes some of their ports on `ifname` too."""
     return "".join(ruleset.standby_note(chain, ifname) for chain in dict.fromkeys(chains)
-                   if ifname not in ruleset.standby_interfaces(kernel.comments(chain)))
+                   if not _is_noted(chain, ifname, kernel))
+
+
+def _is_noted(chain: str, ifname: str, kernel: "Kernel") -> bool:
+    return ifname in ruleset.standby_interfaces(kernel.comments(chain))
 
 
 def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
@@ -48,7 +52,18 @@ def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
     """Commands that delete `chains` with all that they own, and give what is `released` to the standby chains."""
     if not chains:
         return ""
-    text = ruleset.detach(chains, [element for element, _ in owned])
+    return ruleset.detach(chains, [element for element, _ in owned]) + \
+        ruleset.inherit(*inheritance(chains, released, kernel))
+
+
+def inheritance(chains: "list[str]", released: "Iterable[tuple[Element, str]]", kernel: "Kernel") \
+        -> "tuple[dict[Element, str], list[tuple[str, str]]]":
+    """Who gets what `chains` have `released`, as they go: those of their containers that stand by for it.
+
+    Returns where each element is to lead to, and what is to be noted: in which chain that which interface stands by.
+    """
+    inherited: dict[Element, str] = {}
+    notes = []
     free_of: dict[str, list[Element]] = {}
     for element, chain in released:
         free_of.setdefault(chain, []).append(element)
@@ -61,12 +76,13 @@ def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
                 heirs.append((heir, ifname, kernel.elements_wanted_by(heir)))
         free = free_of.get(chain, [])
         for heir, ifname, wanted in heirs:
-            inherited = [element for element in free if element in wanted]
+            its = [element for element in free if element in wanted]
             free = [element for element in free if element not in wanted]
-            text += ruleset.map_elements(inherited, heir)
-            if inherited:
-                text += "".join(note_standby(other, [heir], kernel) for _, other, _ in heirs if other != ifname)
-    return text
+            inherited.update(dict.fromkeys(its, heir))
+            if its:
+                notes += [(heir, other) for _, other, _ in heirs
+                          if other != ifname and not _is_noted(heir, other, kernel)]
+    return inherited, notes
 
 
 def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
