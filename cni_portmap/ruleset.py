@@ -213,7 +213,16 @@ def element_text(map_name: str, key: bytes) -> str:
 
 def wildcard_of(port: Port) -> "Element":
     """The element that would publish a specific address' port on every address."""
-    return HOSTPORTS, bytes((_NFPROTO[port.family], 0, 0, 0)) + key_of(port)[PROTOCOL_AND_PORT]
+    return _wildcard(port.family, key_of(port))
+
+
+def wildcard_of_element(element: "Element") -> "Element":
+    """The same for the element of a specific address."""
+    return _wildcard(_FAMILIES[element[0]], element[1])
+
+
+def _wildcard(family: int, key: bytes) -> "Element":
+    return HOSTPORTS, bytes((_NFPROTO[family], 0, 0, 0)) + key[PROTOCOL_AND_PORT]
 
 
 _FAMILIES = {name: family for family, name in HOSTIP_HOSTPORTS.items()}
@@ -227,14 +236,16 @@ def claim_of(element: "Element") -> tuple[int, int, bytes, int]:
 
 
 def elements_for(target: bytes, host: bytes, protocol: int, ports: "Iterable[int]") -> "Iterator[Element]":
-    """The elements that are to lead to a dnat rule: to an address `target`, for `host` (both packed; b"" for every).
+    """The elements that may lead to a dnat rule: to an address `target`, for `host` (both packed; b"" for every).
 
-    A condition may ask for an address, too: such a rule of every address is taken for one of that address.
+    With a `host` two for each port: it may be a condition that asks for an address, in a rule of every address.
     """
     family = 4 if len(target) == 4 else 6
-    name, first = (HOSTIP_HOSTPORTS[family], host) if host else (HOSTPORTS, bytes((_NFPROTO[family], 0, 0, 0)))
     for port in ports:
-        yield name, first + bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+        ending = bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+        if host:
+            yield HOSTIP_HOSTPORTS[family], host + ending
+        yield _wildcard(family, ending)
 
 
 # A container may publish one port on several networks (podman does). Its element leads to one of its chains, where a
@@ -343,10 +354,11 @@ def detach(chains: "Iterable[str]", elements: "Iterable[Element]") -> str:
     return "\n".join(lines) + "\n"
 
 
-def probe(family: int, conditions: str) -> str:
-    """Commands, for a dry run, that show whether nft takes `conditions` as a match."""
+def probe(family: int, conditions: str, protocols: "Iterable[str]") -> str:
+    """Commands, for a dry run, that show whether nft takes `conditions` as a match for ports of these protocols."""
     table = f"inet {TABLE_NAME}_probe"
-    return f"add table {table}\nadd chain {table} probe {{\nmeta nfproto ipv{family} {conditions}\n}}\n"
+    rules = (f"meta nfproto ipv{family} {conditions} {protocol} dport 1" for protocol in protocols)
+    return "\n".join((f"add table {table}", f"add chain {table} probe {{", *rules, "}")) + "\n"
 
 
 def rules_of(attachment: Attachment) -> "Iterator[str]":

@@ -148,12 +148,15 @@ def test_foreign_element(name, key):
 
 @hypothesis.given(PORT_OBJECTS)
 def test_elements_of_rule(found):
-    """The element of a port is the one that leads to the rule that its attachment has for it."""
+    """The element of a port may lead to the rule that its attachment has for it.
+
+    A rule of one address may be of a port of every address, with a condition.
+    """
     packed = ruleset.key_of(found)[:-8] if found.host_ip else b""
     rule = types.SimpleNamespace(target=bytes(4 if found.family == 4 else 16), daddr=packed,
                                  ports={found.host_port: 80}, protocol=ruleset.PROTOCOL_NUMBERS[found.protocol])
     wanted = {*ruleset.elements_for(rule.target, rule.daddr, rule.protocol, rule.ports)}
-    assert wanted == {(ruleset.map_of(found), ruleset.key_of(found))}
+    assert wanted == {(ruleset.map_of(found), ruleset.key_of(found)), ruleset.wildcard_of(found)}
 
 
 # --- names and records ----------------------------------------------------------------------------------------
@@ -235,8 +238,8 @@ def test_stand_by_round_trip(ifnames, others):
 
 ADDRESS = r"(?:[0-9.]+|[0-9a-f:.]+)"
 NAME = r"c/[A-Za-z0-9/_.\-]+"
-CONDITION_WORDS = ["ip", "ip6", "saddr", "daddr", "10.0.0.0/8", "fd00::/8", "!=", "{ 1.2.3.4, 1.2.3.5 }",
-                   'iifname "eth*"', "@trusted", "ct state new"]
+CONDITION_WORDS = ["ip saddr 10.0.0.0/8", "ip6 daddr != fd00::/8", "ip daddr { 1.2.3.4, 1.2.3.5 }",
+                   'iifname "eth*"', "ip saddr @trusted", "ct state new"]
 WORD = "|".join(map(re.escape, CONDITION_WORDS))
 PROTOCOL = "(?:tcp|udp|sctp)"
 MATCH = rf"(?:meta nfproto ipv[46]|ip6? daddr {ADDRESS})(?: (?:{WORD}))* {PROTOCOL} dport"

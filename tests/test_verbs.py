@@ -118,9 +118,9 @@ def test_inode():
 
 
 @pytest.mark.parametrize("keys, texts", [
-    ({}, []), ({"conditionsV4": ["ip saddr 10.0.0.1"]}, [ruleset.probe(4, "ip saddr 10.0.0.1")]),
+    ({}, []), ({"conditionsV4": ["ip saddr 10.0.0.1"]}, [ruleset.probe(4, "ip saddr 10.0.0.1", ["tcp"])]),
     ({"conditionsV4": ["-s 10.0.0.1"], "conditionsV6": ["ct state new"]},
-     [ruleset.probe(4, "ip saddr 10.0.0.1"), ruleset.probe(6, "ct state new")])])
+     [ruleset.probe(4, "ip saddr 10.0.0.1", ["tcp"]), ruleset.probe(6, "ct state new", ["tcp"])])])
 def test_conditions(keys, texts):
     """Conditions are tried alone, in a dry run; what nft doesn't take is code 7 before anything is written."""
     kernel = RecordingKernel()
@@ -130,6 +130,16 @@ def test_conditions(keys, texts):
     error = add(kernel, **keys)
     assert (error.code, error.details) == (7, "syntax error") if texts else error is None
     assert bool(kernel.written) != bool(texts)
+
+
+def test_conditions_are_tried_with_each_protocol():
+    """One that names a protocol cannot be written for the ports of another: that is told before anything is."""
+    kernel = RecordingKernel(**INTACT)
+    assert add(kernel, PORT, mapping(protocol="udp"), {**PORT, "hostIP": "::1", "protocol": "sctp"},
+               conditionsV4=["tcp sport 1024-65535"]) is None
+    (_, text), = kernel.named("dry_run")
+    rule = "meta nfproto ipv4 tcp sport 1024-65535"
+    assert text.splitlines()[2:] == [f"{rule} tcp dport 1", f"{rule} udp dport 1", "}"]
 
 
 # --- who owns a port ------------------------------------------------------------------------------------------
@@ -432,6 +442,17 @@ def test_heirs(notes, wanted, leads):
     assert all(ruleset.map_elements(those, chain) in text for chain, those in leads.items())
     assert text.count("elements = ") == len(leads)
     assert text.count("also on") == (len(leads) if len(wanted) > 1 else 0)
+
+
+@pytest.mark.parametrize("own_address", [False, True])
+def test_heir_with_a_condition_on_an_address(own_address):
+    """A rule of one address is that of every address with a condition, unless its own element leads there."""
+    wildcard, specific = elements(WEB)[0], elements(attachment({**PORT, "hostIP": "10.9.0.1"}))[0]
+    table = dict.fromkeys(elements(WEB), FIRST) | ({specific: SECOND} if own_address else {})
+    kernel = RecordingKernel(**noted(["eth1"], elements_wanted_by={wildcard, specific}, lookup=lambda wanted: {
+        element: table[element] for element in wanted if element in table}))
+    delete("web-1", "eth0", kernel)
+    assert ("elements = " in kernel.written[0]) == (not own_address)
 
 
 def test_heirs_of_replacement():

@@ -85,9 +85,11 @@ def _publish(attachment: Attachment, rules: str, judged: "Judged", kernel: "Kern
 def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
     """Let nft read the conditions, alone: the one free text of a configuration."""
     for family, text in attachment.conditions.items():
-        problem = kernel.dry_run(ruleset.probe(family, text)) if text else ""
+        protocols = sorted({port.protocol for port in attachment.ports if port.family == family})
+        problem = kernel.dry_run(ruleset.probe(family, text, protocols)) if text and protocols else ""
         if problem:
-            raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text", problem)
+            raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text for "
+                           f"{' and '.join(protocols)} ports", problem)
 
 
 def _look_at(attachment: Attachment, kernel: "Kernel") -> None:

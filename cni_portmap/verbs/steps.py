@@ -58,7 +58,7 @@ def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
         for ifname in ruleset.standby_interfaces(kernel.comments(chain)):
             heir = ruleset.chain_of(owner.container_id, ifname)
             if heir not in going and kernel.has_chain(heir):
-                heirs.append((heir, ifname, kernel.elements_wanted_by(heir)))
+                heirs.append((heir, ifname, _may_inherit(heir, kernel)))
         free = free_of.get(chain, [])
         for heir, ifname, wanted in heirs:
             inherited = [element for element in free if element in wanted]
@@ -67,6 +67,13 @@ def detach(chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
             if inherited:
                 text += "".join(note_standby(other, [heir], kernel) for _, other, _ in heirs if other != ifname)
     return text
+
+
+def _may_inherit(heir: str, kernel: "Kernel") -> "set[Element]":
+    """What of the elements that an heir wants it may have: not a port of every address in place of that of one."""
+    wanted = kernel.elements_wanted_by(heir)
+    has = {element for element, chain in kernel.lookup(wanted).items() if chain == heir}
+    return wanted - {ruleset.wildcard_of_element(element) for element in has if element[0] != ruleset.HOSTPORTS}
 
 
 def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
