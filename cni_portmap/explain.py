@@ -59,7 +59,8 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
             part = root["definitions"].get(part.get("$ref", "").rpartition("/")[2], part)
             path, expected, value = f"{path}.{missing}", _description(part), None
         else:
-            expected, value = reason or _description(schema), error.instance
+            refused = error.validator_value if error.validator == "not" else {}
+            expected, value = reason or refused.get("description") or _description(schema), error.instance
         yield path.lstrip(".") or "the configuration", value, expected
 
 

@@ -158,6 +158,13 @@ class Owner:
         self.link = f"{name}#{index}" if is_ifname(name) and _is_number(index) else ""
         self.pod = _unescape(fields.get("pod", ""))
 
+    @classmethod
+    def of_namespace(cls, chain: str, netns: str) -> "Owner":
+        """Somebody of whom nothing is known but the path of its network namespace."""
+        owner = cls(chain, "")
+        owner.netns = netns
+        return owner
+
     def __str__(self) -> str:
         pod = f"pod {self.pod}, " if "/" in self.pod else ""
         name = f" ({self.pod})" if self.pod and not pod else ""

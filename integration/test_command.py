@@ -87,10 +87,27 @@ def test_gc_removes_the_dead(bin_dir, network, web):
         dead.namespace.remove()
         assert command(bin_dir, "list", "--port", 1).split()[-1] == "dead"
         before = lab.table()
-        assert "1 dead (dry run)" in command(bin_dir, "gc", "--dry-run")
+        assert "1 stale attachments (dry run)" in command(bin_dir, "gc", "--dry-run")
         assert lab.table() == before
         assert [each["container"] for each in json.loads(command(bin_dir, "gc", "--json"))] == [dead.id]
-        assert "0 dead" in command(bin_dir, "gc")
+        assert "0 stale" in command(bin_dir, "gc")
+
+
+def test_gc_goes_on(bin_dir, network, web):
+    """A dead chain that somebody's rule jumps to cannot go; it is named, and the others go."""
+    with lab.restored_table():
+        for name, port in ("stuck", 1), ("free", 2):
+            dead = lab.Container(network, name, [{"hostPort": port, "containerPort": 1}])
+            dead.namespace.remove()
+            if name == "stuck":
+                lab.nft_script("add chain inet cni_portmap theirs",
+                               f"add rule inet cni_portmap theirs jump {ruleset.chain_of(dead.id, 'eth0')}")
+        command(bin_dir, "list", "--port", 2)
+        assert "1 stale" in command(bin_dir, "gc", status=1)
+        command(bin_dir, "list", "--port", 1)
+        command(bin_dir, "list", "--port", 2, status=1)
+        lab.nft_script("delete chain inet cni_portmap theirs")
+        assert "1 stale" in command(bin_dir, "gc")
 
 
 def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):

@@ -82,6 +82,19 @@ def test_an_error_is_json_too(host, capsys):
     assert err == "cni-portmap: cannot read nf_tables\n  run it as root\n"
 
 
+def test_gc_names_what_cannot_be_removed(host, capsys, monkeypatch):
+    """It ends with 1 then, and says what it has removed all the same."""
+    web, db = (ruleset.Owner(ruleset.chain_of(name, "eth0"), "net=lab") for name in ("web", "db"))
+    monkeypatch.setattr("cni_portmap.cli.gc.prune", lambda kernel, dry_run: (
+        [(web, ("dead", "gone")), (db, ("dead", "gone"))], [(db, CniError(100, "busy"))]))
+    assert cli.main(["gc"]) == 1
+    out, err = capsys.readouterr()
+    assert f"removed {web}: gone" in out and "container db" not in out and "1 stale" in out
+    assert err == f"cni-portmap: cannot remove {db}: busy\n"
+    assert cli.main(["gc", "--json"]) == 1
+    assert [each["container"] for each in json.loads(capsys.readouterr().out)] == ["web"]
+
+
 @pytest.mark.parametrize("ports, text", [((80,), "80"), ((80, 9000, 9001, 9002), "80,9000-9002"), ((1, 2), "1-2")])
 def test_ranges(ports, text):
     """Consecutive ports are a range."""

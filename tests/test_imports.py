@@ -218,7 +218,7 @@ ARROWS = {
     "__init__": set(), "__main__": {"cli"}, "cni": set(), "attachment": set(), "conditions": {"attachment"},
     "config": {"attachment", "conditions"}, "explain": {"attachment", "conditions", "config"},
     "ruleset": {"attachment"}, "linux": {"attachment", "ruleset"}, "verbs": {"attachment", "ruleset", "linux"},
-    "libcni_cache": {"attachment", "config", "explain", "linux", "ruleset"},
+    "libcni_cache": {"attachment", "config", "linux", "ruleset"},
     "plugin": {"config", "explain", "linux", "result", "verbs"}, "result": {"attachment"},
     "cli": {"attachment", "explain", "libcni_cache", "linux", "ruleset", "verbs"},
 }

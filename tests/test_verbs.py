@@ -678,11 +678,34 @@ def test_prune():
     """The dead go, the others are told; nothing is judged under the lock."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=lambda owners: {
         owner.chain: ("dead" if owner.container_id in "ab" else "unknown", "") for owner in owners})
-    found = prune(kernel)
+    found, refused = prune(kernel)
+    assert refused == []
     assert [state for _, (state, _) in found] == ["dead"] * 3 + ["unknown"] * 2 and "judge" not in locked(kernel)
     assert kernel.written == [ruleset.detach(["c/a/eth0", "c/a/eth1", "c/b/eth0"], [])]
     again = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
-    assert len(prune(again, dry_run=True)) == 5 and again.written == []
+    assert len(prune(again, dry_run=True)[0]) == 5 and again.written == []
+
+
+def test_prune_goes_on():
+    """One chain that cannot go, because somebody's rule jumps there, keeps no other; it is told."""
+    def transact(text):
+        if "c/a/eth0" in text:
+            raise cni.CniError(100, "refused")
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead, transact=transact)
+    found, refused = prune(kernel)
+    assert len(found) == 5 and [(owner.chain, error.code) for owner, error in refused] == [("c/a/eth0", 100)]
+    assert kernel.written[1:] == [ruleset.detach([chain], []) for chain in HANDLES if chain != "c/no"][:5]
+
+
+@pytest.mark.parametrize("remove", [prune, lambda kernel: gc("lab", set(), kernel)])
+def test_who_waits_for_the_lock_in_vain_does_not_go_on(remove):
+    """Each of the others would wait 30 seconds, too."""
+    def lock():
+        raise cni.CniError(11, "timed out")
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
+    kernel.lock = lock
+    with pytest.raises(cni.CniError, match="timed out"):
+        remove(kernel)
 
 
 def test_gc_goes_on():
@@ -941,6 +964,47 @@ def test_restore_after_a_flush(kernel):
     kernel.answers.update(notes_opened=False, interface_to_open=lambda ip, anyway: "cni0" if anyway else "")
     restore([WEB], kernel)
     assert kernel.written[-1] == ruleset.attach(WEB) + ruleset.note_opened(["cni0"])
+
+
+def test_restore_of_all_but_one():
+    """What nft refuses of one container keeps no other's ports away: each is tried by itself, and is told."""
+    def transact(text):
+        if "c/bad/eth0" in text:
+            raise cni.CniError(100, "refused")
+    kernel = RecordingKernel(transact=transact, notes_opened=lambda: bool(kernel.written),
+                             interface_to_open=lambda ip, anyway: "cni0" if anyway else "")
+    pods = [WEB, other("bad", mapping(host_port=1)), other("second", mapping(host_port=9))]
+    restored, refused = restore(pods, kernel)
+    assert restored == [pods[0], pods[2]] and [(pod, error.code) for pod, error in refused] == [(pods[1], 100)]
+    assert [text for text in kernel.written[2:] if "c/bad" not in text] == \
+        [ruleset.attach(pod) + ruleset.note_opened(["cni0"]) for pod in restored]  # open since before the table went
+
+
+def test_restore_does_not_go_on_without_the_base():
+    """Where what all share cannot be written, nothing is; and one refusal says so."""
+    def transact(text):
+        raise cni.CniError(100, "refused")
+    kernel = RecordingKernel(transact=transact)
+    with pytest.raises(cni.CniError, match="refused"):
+        restore([WEB, other("second", mapping(host_port=9))], kernel)
+    assert len(kernel.written) == 1
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_restore_forgets_flows(dry_run):
+    """UDP flows that began meanwhile lead elsewhere, and those of dead owners nowhere: forgotten, as in ADD."""
+    table = dict.fromkeys(elements(other("gone", mapping(host_port=8080), mapping(host_port=9))), "c/gone/eth0")
+    kernel = RecordingKernel(**holding(table, targets={"c/gone/eth0": pack("10.88.0.9")}, judge=dead,
+                                       record="netns=/run/netns/gone#5", local_addresses=pack("192.0.2.1")))
+    udp = other("web", mapping(host_port=8080), mapping(host_port=53, protocol="udp"))
+    assert restore([udp], kernel, dry_run) == ([udp], [])
+    calls = kernel.named("delete_flows")
+    assert [protocol for _, protocol, *_ in calls] == ([] if dry_run else [17, 6])
+    if not dry_run:
+        assert calls[0][3](flow("192.0.2.1", 53, "192.0.2.1"))
+        assert [calls[1][3](flow("192.0.2.1", port, "10.88.0.9")) for port in (8080, 9)] == [False, True]
+        order = [call[0] for call in kernel.calls]
+        assert order.index("delete_flows") > order.index("unlock")
 
 
 def test_restore_dry_run(kernel):
