@@ -806,6 +806,24 @@ def test_check_foreign_rules():
     assert check(kernel) is None
 
 
+def test_check_foreign_verdicts():
+    """One that ends a packet's way is named, wherever it stands in a chain of ours."""
+    verdict = ("", ("immediate", (1, bytes(4)), (2, b"\x0c\0\2\0" + b"\x08\0\1\0" + b"\0\0\0\1")))
+    for name in CHAINS:
+        kernel, _, snapshot = intact()
+        kernel.answers["snapshot"] = lambda chain, name=name, snapshot=snapshot: [
+            HOOK, *([verdict] if chain == name else []), *snapshot(chain)[1:]]
+        error = check(kernel)
+        assert error.code == 104 and f"chain {name}: rule 1 is foreign" in error.msg and "accept" in error.msg
+
+
+def test_check_element_of_a_chain_that_is_not_ours():
+    """It leads elsewhere; nobody asks whose chain that is, which would read the whole table."""
+    kernel, *_ = intact(lookup=dict.fromkeys(elements(WEB), ""))
+    assert "not forwarded" in check(kernel).msg
+    assert ("owner", "") not in kernel.calls
+
+
 CHAINS = [*ruleset.SHARED, CHAIN]
 
 

@@ -2,6 +2,7 @@
 from .. import ruleset
 from ..attachment import Attachment
 from ..cni import CHECK_FAILED, CniError
+from ..linux.expressions import verdict_of
 from .steps import chains_of_container, missing_in_order
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -57,6 +58,13 @@ def _compare(name: str, texts: list[str], expected: "Sequence[object]", found: "
     index = missing_in_order(expected[1:], found[1:])
     if index is not None:
         raise CniError(CHECK_FAILED, f"chain {name}: a rule is missing or altered", texts[index])
+    rest = [*expected[1:]]
+    for place, rule in enumerate(found[1:], 1):
+        if rest and rule == rest[0]:
+            del rest[0]
+        elif verdict := verdict_of(rule):
+            raise CniError(CHECK_FAILED, f"chain {name}: rule {place} is foreign, and its verdict is {verdict}",
+                           f"see: nft -a list chain {ruleset.TABLE} {name}")
 
 
 def _check_owner(attachment: Attachment, owner: "Owner", kernel: "Kernel") -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> set[str]:
     """Those of `chains` that are of the attachment's container, through whichever interface."""
     own = ruleset.chain_of(attachment.container_id, attachment.ifname)
-    return {chain for chain in {*chains}
+    return {chain for chain in filter(ruleset.is_attachment_chain, {*chains})
             if chain == own or kernel.owner(chain).container_id == attachment.container_id}
 
 
