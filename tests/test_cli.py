@@ -82,6 +82,24 @@ def test_an_error_is_json_too(host, capsys):
     assert err == "cni-portmap: cannot read nf_tables\n  run it as root\n"
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' + "9" * 5000 + "}", "{", "[]", '{"plugins":{}}',
+                                  '{"cniVersion":[],"plugins":[1,{"type":{}},{"type":"portmap","name":1}]}'])
+def test_validate_of_any_file(host, capsys, tmp_path, text):
+    """Each is a finding."""
+    (tmp_path / "x.conflist").write_text(text)
+    assert cli.main(["validate", str(tmp_path / "x.conflist")]) == 1
+    assert "expected" in capsys.readouterr().out
+
+
+def test_validate_reads_keys_as_the_plugin_does(host, capfd, tmp_path):
+    """A key in another case is checked, and told."""
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}, "ConditionsV4": ["ip saddr shop"]}
+    (tmp_path / "x.conflist").write_text(json.dumps({"cniVersion": "1.0.0", "name": "x", "plugins": [{}, portmap]}))
+    assert cli.main(["validate", str(tmp_path / "x.conflist")]) == 1
+    out, err = capfd.readouterr()
+    assert "conditionsV4: expected an address in place of shop" in out and '"ConditionsV4" as conditionsV4' in err
+
+
 def test_gc_names_what_cannot_be_removed(host, capsys, monkeypatch):
     """It ends with 1 then, and says what it has removed all the same."""
     web, db = (ruleset.Owner(ruleset.chain_of(name, "eth0"), "net=lab") for name in ("web", "db"))

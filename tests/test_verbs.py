@@ -798,6 +798,14 @@ def test_check_judges_the_owner(record, answers, word):
         assert f'counter comment "{record}"' in empty.written[0]
 
 
+def test_check_tries_conditions():
+    """What nft does not take is code 7, as for ADD: the configuration has changed since."""
+    kernel, empty, _ = intact(dry_run="conflicting protocols")
+    with pytest.raises(cni.CniError) as caught:
+        check_attachment(attachment(PORT, conditionsV4=["udp sport 1"]), kernel)
+    assert caught.value.code == 7 and empty.written == []
+
+
 def test_check_foreign_rules():
     """Rules of others, before, between and after ours, don't matter."""
     kernel, _, snapshot = intact()

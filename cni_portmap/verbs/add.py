@@ -1,9 +1,9 @@
 """ADD: publish the ports of an attachment."""
 from .. import ruleset
 from ..attachment import Attachment
-from ..cni import INVALID_CONFIG, INVALID_ENVIRONMENT, PORT_IN_USE, PORT_TAKEN, CniError
+from ..cni import INVALID_ENVIRONMENT, PORT_IN_USE, PORT_TAKEN, CniError
 from .steps import (PortTaken, Unjudged, attach, detach, interfaces_to_open, is_flush, judge, open_localhost,
-                    refuse_namesake, resolve_conflicts, shared_chains, write_shared_chains)
+                    refuse_namesake, resolve_conflicts, shared_chains, try_conditions, write_shared_chains)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     Raises CniError(4) where its container has gone meanwhile, and CniError(101) where a port has an owner that lives,
     and still does after some seconds without the lock.
     """
-    _try_conditions(attachment, kernel)
+    try_conditions(attachment, kernel)
     judged: Judged = {}
     waited: dict[str, float] = {}  # by the owner's chain
     flushed = False
@@ -80,16 +80,6 @@ def _publish(attachment: Attachment, rules: str, judged: "Judged", kernel: "Kern
                     attach(attachment, elsewhere, kernel, rules, again) + ruleset.note_opened(closed))
     open_localhost([attachment], closed, kernel)
     return released, targets
-
-
-def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
-    """Let nft read the conditions, alone: the one free text of a configuration."""
-    for family, text in attachment.conditions.items():
-        protocols = sorted({port.protocol for port in attachment.ports if port.family == family})
-        problem = kernel.dry_run(ruleset.probe(family, text, protocols)) if text and protocols else ""
-        if problem:
-            raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text for "
-                           f"{' and '.join(protocols)} ports", problem)
 
 
 def _look_at(attachment: Attachment, kernel: "Kernel") -> None:

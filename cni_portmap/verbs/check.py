@@ -3,7 +3,7 @@ from .. import ruleset
 from ..attachment import Attachment
 from ..cni import CHECK_FAILED, CniError
 from ..linux.expressions import verdict_of
-from .steps import chains_of_container, missing_in_order
+from .steps import chains_of_container, missing_in_order, try_conditions
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
 
     Raises CniError(104), naming the first piece that is missing or altered.
     """
+    try_conditions(attachment, kernel)
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
     attachment.inode = kernel.namespace(attachment.netns)
     wanted = ruleset.elements_of(attachment)

@@ -4,7 +4,7 @@ Functions that return commands write nothing; a verb joins them to one transacti
 """
 from .. import ruleset
 from ..attachment import Attachment, Port
-from ..cni import FOREIGN_TABLE, NFT_REFUSED, PORT_TAKEN, CniError, warn
+from ..cni import FOREIGN_TABLE, INVALID_CONFIG, NFT_REFUSED, PORT_TAKEN, CniError, warn
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from ..ruleset import Element, Owner
 
     Judged = dict[tuple[str, int], Verdict]  # by chain and handle
+
+
+def try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
+    """Let nft read the conditions, alone: the one free text of a configuration. Raises CniError(7)."""
+    for family, text in attachment.conditions.items():
+        protocols = sorted({port.protocol for port in attachment.ports if port.family == family})
+        problem = kernel.dry_run(ruleset.probe(family, text, protocols)) if text and protocols else ""
+        if problem:
+            raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text for "
+                           f"{' and '.join(protocols)} ports", problem)
 
 
 def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> set[str]:
