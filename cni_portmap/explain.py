@@ -58,9 +58,10 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
             part = schema.get("properties", {}).get(missing, {})
             part = root["definitions"].get(part.get("$ref", "").rpartition("/")[2], part)
             path, expected, value = f"{path}.{missing}", _description(part), None
+        elif error.validator == "not" and "description" in schema["not"]:
+            expected, value = schema["not"]["description"], error.instance
         else:
-            refused = error.validator_value if error.validator == "not" else {}
-            expected, value = reason or refused.get("description") or _description(schema), error.instance
+            expected, value = reason or _description(schema), error.instance
         yield path.lstrip(".") or "the configuration", value, expected
 
 

@@ -194,12 +194,14 @@ CONFLIST = """{"cniVersion": "1.0.0", "name": "web", "plugins": [
     ("", ""), (', "snat": "yes"', "3:71: plugins[1].snat: expected true or false"),
     (', "conditionsV4": ["-p", "tcp"]', "plugins[1].conditionsV4: expected nft match text in place of"),
     (', "markMasqBit": 32', "3:78: plugins[1].markMasqBit: expected the bit"),
-    (', "markMasqBit": 3, "externalSetMarkChain": "X"', "markMasqBit"), (', "snat": tru', "3:71: JSON: expected")])
+    (', "markMasqBit": 3, "externalSetMarkChain": "X"', "3:3: plugins[1]: expected markMasqBit or"),
+    (', "snat": tru', "3:71: JSON: expected")])
 def test_validate_names_the_place_of_a_mistake(bin_dir, tmp_path, extra, where):
     """A conflist's mistakes are named with line, column, path and expectation."""
     file = tmp_path / "web.conflist"
     file.write_text(CONFLIST % extra)
-    assert where in command(bin_dir, "validate", file, status=1 if where else 0)
+    said = command(bin_dir, "validate", file, status=1 if where else 0)
+    assert where in said.replace(str(file), "")  # the folder has the name of the test, and so of the mistake
 
 
 def test_help_and_wrong_usage(bin_dir):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lab
 import pytest
-from cni_portmap import kernel
+from cni_portmap.linux import kernel
 from lab import LOCK, Answer, Call, GcCall, Host, Pod, fork
 
 

@@ -75,7 +75,8 @@ def _findings(text: str, plugin: str) -> Iterator[tuple[int, str, str]]:
         if not isinstance(capabilities, dict) or capabilities.get("portMappings") is not True:
             yield _offset(text, steps), _path(steps), '"capabilities": {"portMappings": true}, or nothing is published'
         inherited = {key: document[key] for key in ("name", "cniVersion") if key in document}
-        for path, _, expected in violations({**entry, **inherited}):
+        for found, _, expected in violations({**entry, **inherited}):
+            path = found.removeprefix("the configuration")
             inner = [int(step[1:-1]) if step[0] == "[" else step for step in re.findall(r"[^.\[]+|\[\d+\]", path)]
             where = inner if inner[:1] in (["name"], ["cniVersion"]) else [*steps, *inner]
             yield _offset(text, where), _path(where), expected

@@ -23,7 +23,6 @@ from .calls import (
     GcCall,
     Host,
     Pod,
-    answer,
     fork,
     held_lock,
     lock_is_free,
@@ -31,7 +30,7 @@ from .calls import (
     start_fork,
     wait_until_blocked,
 )
-from .conntrack import TrackedFlow, flows, track, tracked
+from .conntrack import flows, track, tracked
 from .faults import adopted_orphans, foreign_changes, in_own_mounts
 from .links import (
     add_addresses,
@@ -69,7 +68,6 @@ from .runtime import (
     install,
     install_in_other_root,
     plugins,
-    ptp_conflist,
 )
 from .servers import KINDS, NUMBERS, Client, Saw, Server, exchange
 from .tables import (

@@ -67,7 +67,7 @@ class Stage:
 
 
 def _answer(call: Call) -> Answer:
-    """As `lab.answer`, but whatever others print is only an error."""
+    """As `lab.calls.answer`, but whatever others print is only an error."""
     stdout, stderr = call.process.communicate(timeout=120)
     if not call.process.returncode:
         return Answer(0, "", "", stdout, stderr)
