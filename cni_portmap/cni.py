@@ -11,7 +11,10 @@ from _json import make_scanner
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
@@ -24,6 +27,9 @@ VERBS = {
     "STATUS": ("1.1.0", ()),
     "VERSION": ("0.1.0", ()),
 }
+
+# The specification's keys of a configuration that anything here reads.
+KEYS = ("cniVersion", "name", "type", "prevResult", "runtimeConfig", "cni.dev/valid-attachments", "cni.dev/attachments")
 
 # Error codes: 1 to 99 are the specification's (section 5), 100 and above ours; the README explains each.
 INCOMPATIBLE_VERSION = 1
@@ -125,6 +131,7 @@ def members(text: str) -> dict[str, tuple[object, str]]:
                     raise ValueError(f"expected a key and a colon at character {at}")
                 start = _skip(text, at + 1)
                 value, end = _scan(text, start)
+                found.pop(key, None)  # of two the last counts, and keeps its place
                 found[key] = value, text[start:end]
                 at = _skip(text, end) + 1
                 if text[at - 1:at] == "}":
@@ -137,10 +144,43 @@ def members(text: str) -> dict[str, tuple[object, str]]:
     except StopIteration as stop:  # the scanner's way to say "no value here"
         raise CniError(UNDECODABLE, f"cannot decode the network configuration: no value at character {stop.value}",
                        "expected one JSON object on standard input") from None
+    except SystemError:
+        from sys import modules
+        if "json.decoder" in modules:
+            raise
+        __import__("json.decoder")  # has the words in which Python 3.11's scanner tells of an error, once it is loaded
+        return members(text)
     except (ValueError, RecursionError) as error:
         raise CniError(UNDECODABLE, f"cannot decode the network configuration: {error}",
                        "expected one JSON object on standard input") from None
     return found
+
+
+def as_go_reads(found: "dict[str, _T]", keys: "Collection[str]") -> "dict[str, _T]":
+    """The members of an object, those whose key is one of `keys` in another case under that key.
+
+    Of two the last counts, as in Go's decoder, which libcni and the reference plugin are made with; a line on stderr
+    tells of it. Source: encoding/json, foldName.
+    """
+    folded: dict[str, str] = {}
+    for key in found:
+        if key not in keys:
+            folded = folded or {_fold(name): name for name in keys}
+            if _fold(key) in folded:
+                break
+    else:
+        return found
+    read: dict[str, _T] = {}
+    for key, value in found.items():
+        name = key if key in keys else folded.get(_fold(key), key)
+        if name != key or name in read:
+            warn(f"reading the key {quote(key)} as {name}" + ("; it was given before" if name in read else ""))
+        read[name] = value
+    return read
+
+
+def _fold(key: str) -> str:
+    return key.lower().replace("\u017f", "s")  # with the Kelvin sign the two letters that fold to one of ASCII
 
 
 def with_version(raw: str, version: str) -> str:
@@ -197,7 +237,7 @@ def environment_error(verb: str, environ: dict[str, str]) -> CniError | None:
 
 def _decode(stdin: bytes) -> dict[str, tuple[object, str]]:
     try:
-        return members(stdin.decode())
+        return as_go_reads(members(stdin.decode()), KEYS)
     except UnicodeDecodeError as error:
         raise CniError(UNDECODABLE, "cannot decode the network configuration: it is not UTF-8 "
                                     f"({error.reason} at byte {error.start})") from None
@@ -259,6 +299,9 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
     except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
         return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))
+    except MemoryError:
+        return 1, _error_document(CniError(IO_FAILURE, "there is not enough memory",
+                                           "the limits of the runtime, or of the host, do not let the plugin work"))
     except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback
         frame = error.__traceback__
         while frame and frame.tb_next:
@@ -285,6 +328,7 @@ def _error_document(error: CniError) -> str:
 
 # --- the process ----------------------------------------------------------------------------------------------
 
+STDIN_MAX = 32 << 20  # bytes; 65,535 mappings are 5 MB
 _warnings: list[str] = []
 
 
@@ -321,10 +365,14 @@ def give_up(error: CniError) -> None:
 
 
 def _read_stdin() -> bytes:
-    chunks = []
+    chunks, size = [], 0
     try:
         while chunk := posix.read(0, 1 << 16):
             chunks.append(chunk)
+            size += len(chunk)
+            if size > STDIN_MAX:
+                raise CniError(UNDECODABLE, "cannot decode the network configuration: it is larger than "
+                                            f"{STDIN_MAX >> 20} MiB", "expected one JSON object on standard input")
     except OSError as error:
         raise CniError(IO_FAILURE, f"cannot read standard input: {error.strerror}") from None
     return b"".join(chunks)

@@ -1,8 +1,8 @@
 """conditionsV4 and conditionsV6: a list of words -> nft match text; iptables' -s, -d and -i are translated.
 
 Loaded only for a configuration that has some. A condition may look at a packet, and do nothing with it: so statements
-are refused here, whatever nft's scanner would make of the letters around them. nft itself judges the rest, see
-`verbs.add`. Source: nft(8), EXPRESSIONS and STATEMENTS; iptables(8).
+are refused here, whatever nft's scanner would make of the letters around them, and so are host names. nft itself judges
+the rest, see `verbs.add`. Source: nft(8), EXPRESSIONS and STATEMENTS; iptables(8).
 """
 from .attachment import parse_ip
 from .cni import ConfigError
@@ -57,7 +57,56 @@ def parse_conditions(value: list[object], key: str) -> str:
                         raise ConfigError(key, f"nft match text only; {statement!r} is not a match")
     if inside:
         raise ConfigError(key, "nft match text with balanced braces, not nested")
+    _refuse_host_names(words, key)
     return " ".join(words)
+
+
+# nft(8), EXPRESSIONS: the words that begin an expression, wherever they stand; and those that mean an address then.
+_BEGIN = frozenset("""ah arp cgroup comp ct dccp esp ether fib icmp icmpv6 igmp iif iifgroup iifname iiftype ip ip6
+ipsec jhash mark meta oif oifgroup oifname oiftype pkttype rt sctp skgid skuid socket symhash tcp th udp udplite
+vlan""".split())
+_ADDRESSES = frozenset("saddr daddr nexthop taddr group addr".split())
+_NO_ADDRESSES = ("ether", "fib")  # theirs is a hardware address, or a question
+_OPERATORS = frozenset("{ } , = ! < > & | ^ eq ne lt gt le ge and or xor".split())
+_APART = {ord(letter): f" {letter} " for letter in "{},=!<>&|^"}
+
+
+def _refuse_host_names(words: list[str], key: str) -> None:
+    """Raise ConfigError for a name in an address's place: nft would ask DNS, now and for good.
+
+    In a concatenation each place has its own kind, so an interface or a service beside an address keeps its name.
+    """
+    kinds: list[bool] = []  # of each part of the expression: whether it is an address
+    part, first, last = 0, "", ""  # of a value; the word that began the expression, the word before
+    for word in words:
+        for token in [word] if '"' in word else word.translate(_APART).split():
+            name = token.lower()
+            if token == ".":
+                part += 1
+            elif token in _OPERATORS:
+                part = part if token == "}" else 0
+            elif name in _ADDRESSES:
+                kinds[-1:] = [first not in _NO_ADDRESSES]
+            elif last in ("meta", "ct") or (last in _BEGIN and '"' not in token and name not in _BEGIN
+                                            and not _is_address(token)):
+                pass  # what of it is asked for, such as dport
+            elif name in _BEGIN and last not in _ADDRESSES and (last not in _OPERATORS or last == "}"):
+                kinds = [*kinds, False] if last == "." else [False]
+                first, part = name, 0
+            elif (kinds[part] if part < len(kinds) else any(kinds)) and not _is_address(token):
+                raise ConfigError(key, f"an address in place of {token}; host names are not resolved")
+            last = name
+
+
+def _is_address(token: str) -> bool:
+    """Whether a token is an address, a range or a prefix of one, a mask, or a set."""
+    for piece in token.replace("/", "-").split("-"):
+        if piece and piece[0] != "@" and not piece.isdecimal():
+            try:
+                parse_ip(piece, "")
+            except ConfigError:
+                return piece[:2] == "0x" and _is_literal(piece)
+    return True
 
 
 def _statement_in(letters: str) -> str:

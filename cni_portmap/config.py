@@ -5,7 +5,7 @@ down in portmap.schema.json, the contract for people and editors; a property tes
 `explain` words a refusal through it. Keys are those of the reference plugin (cni.dev, "portmap plugin").
 """
 from .attachment import DEFAULT_MARK_BIT, PROTOCOLS, Address, Attachment, Port, parse_cidr, parse_ip
-from .cni import INVALID_CONFIG, CniError, ConfigError, Request, is_ifname, is_name, warn
+from .cni import INVALID_CONFIG, CniError, ConfigError, Request, as_go_reads, is_ifname, is_name, warn
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -85,22 +85,22 @@ def parse(request: Request) -> Attachment:
 
     Raises ConfigError, which names the JSON path, and CniError(7) where it is no single value that is wrong.
     """
-    config = request.config
+    config = request.config = as_go_reads(request.config, KEYS)
     network = _network(config.get("name"), "name")
     _text(config.get("type", ""), "type")
     given = {key: default if config.get(key) is None else read(config[key], key)
              for key, (read, default) in KEYS.items()}
     _warn_of_mark_chain(given)
-    addresses, prefixes, links = _addresses(config, request.ifname)
     wanted = _mappings(config)
+    addresses, prefixes, links = _addresses(config, request.ifname, bool(wanted))
     if request.verb in ("ADD", "CHECK"):
         if not request.prev_result:
             raise CniError(INVALID_CONFIG, "prevResult: missing", "the plugin must follow one that connects the "
                            "container, such as bridge, in the list of plugins")
         if wanted and not addresses:
-            raise CniError(INVALID_CONFIG, f"prevResult has no address on {request.ifname}", "a published port "
-                           "needs an address of the container")
-        _warn_of_skipped(wanted, addresses)
+            warn(f"prevResult has no address on {request.ifname}: no port is published through it")
+        else:
+            _warn_of_skipped(wanted, addresses)
     ports = tuple(port for port in wanted if port.family in addresses)
     mark_bit = DEFAULT_MARK_BIT if given["markMasqBit"] is None else given["markMasqBit"]
     return Attachment(
@@ -159,11 +159,12 @@ def _list(value: object, path: str) -> list[object]:
     return value
 
 
-def _addresses(config: dict[str, object], ifname: str) \
+def _addresses(config: dict[str, object], ifname: str, needed: bool) \
         -> tuple[dict[int, Address], tuple[str, ...], tuple[str, ...]]:
     """The container's first IPv4 and first IPv6 address on `ifname`, or on no interface in particular; all prefixes.
 
-    And the interfaces in no sandbox, by their names: the host's end of the container's link, a bridge.
+    And the interfaces in no sandbox, by their names: the host's end of the container's link, a bridge. `needed`:
+    whether an address there that no container can have is refused.
     """
     result = _object(config.get("prevResult"), "prevResult")
     sandboxed, links = [], []
@@ -187,15 +188,27 @@ def _addresses(config: dict[str, object], ifname: str) \
         at = entry.get("interface")
         at = -1 if at is None else _integer(at, -1 << 31, 1 << 31, f"{path}.interface")
         if not 0 <= at < len(sandboxed) or sandboxed[at]:
+            if needed:
+                _refuse_unreachable(address, f"{path}.address")
             found.setdefault(address.family, address)
             prefixes[address.network] = None
     for key in "ip4", "ip6":  # results of cniVersion 0.1.0 and 0.2.0
         entry = _object(result.get(key), f"prevResult.{key}")
         if entry:
             address = parse_cidr(entry.get("ip"), f"prevResult.{key}.ip")
+            if needed:
+                _refuse_unreachable(address, f"prevResult.{key}.ip")
             found.setdefault(address.family, address)
             prefixes[address.network] = None
     return found, tuple(prefixes), tuple(links)
+
+
+def _refuse_unreachable(address: Address, path: str) -> None:
+    """Raise ConfigError for an address to which nothing can be forwarded: localhost, none at all, or of many."""
+    ip = address.ip
+    multicast = ip[:2] == "ff" if address.family == 6 else 224 <= int(ip.partition(".")[0]) < 240
+    if multicast or ip in ("0.0.0.0", "::", "::1", "255.255.255.255") or (address.family == 4 and ip[:4] == "127."):
+        raise ConfigError(path, "an address of the container, not one of localhost, a multicast group or none at all")
 
 
 POD_NAME_MAX = 253  # characters, as Kubernetes has it

@@ -6,11 +6,11 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from . import see_packages
+from . import cni, see_packages
 from .attachment import parse_cidr, parse_ip
 from .cni import INVALID_CONFIG, CniError, ConfigError
 from .conditions import parse_conditions
-from .config import parse_mappings
+from .config import KEYS, parse_mappings
 
 SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
 
@@ -46,6 +46,8 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
         checker.checks(name, raises=ConfigError)(lambda value, check=check: check(value) is not None)
     root = json.loads(SCHEMA.read_text())
     validator = jsonschema.Draft7Validator(root, format_checker=checker)
+    if type(config) is dict:
+        config = cni.as_go_reads(config, {*cni.KEYS, *KEYS})
     errors = [leaf for error in validator.iter_errors(config) for leaf in (error.context or [error])]
     # The deepest first: it names the value, where the list around it only says that something in it is wrong.
     for error in sorted(errors, key=lambda error: -len(error.absolute_path)):

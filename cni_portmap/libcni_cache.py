@@ -6,18 +6,19 @@ import base64
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterable
 from typing import Any
 
 from . import ruleset
 from .attachment import Attachment
-from .cni import CniError, ConfigError, Request, environment_error
+from .cni import CniError, Request, environment_error
 from .config import parse
-from .explain import explain
 from .linux.alive import DEAD
 from .linux.kernel import Kernel
 
 
+FILE_MAX = 32 << 20  # bytes; one with 65,535 mappings has 5 MB
 # Where runtimes let libcni keep its files: podman and CRI-O, containerd, cnitool and nerdctl use the default.
 CACHE_DIRS = ("/var/lib/cni/results", "/var/lib/cni/cache/results", "/run/cni/results")
 
@@ -36,9 +37,9 @@ class Memory:
                  kernel: Kernel | None = None) -> None:
         self._kernel = kernel or Kernel()
         self._files: dict[int, tuple[pathlib.Path, object]] = {}  # by the attachment's id
-        files = [path for folder in folders for path in pathlib.Path(folder).glob("*") if path.is_file()]
+        files = [path for folder in folders for path in _entries(folder) if _is_regular(path)]
         documents = [(path, _identity(path), _load(path)) for path in sorted(files, key=_age)]
-        users: dict[str, set[object]] = {}  # of an interface of the host: the containers whose results name it
+        users: dict[str, set[str]] = {}  # of an interface of the host: the containers whose results name it
         for _, _, document in documents:
             for name, container_id in _interfaces_of(document):
                 users.setdefault(name, set()).add(container_id)
@@ -48,7 +49,7 @@ class Memory:
                 each.link = ""
         unseen = {str(id(each)): each.netns for _, _, each in read
                   if isinstance(each, Attachment) and not each.link and not each.inode}
-        verdicts = self._kernel.judge(ruleset.Owner(name, f"netns={netns}") for name, netns in unseen.items())
+        verdicts = self._kernel.judge(ruleset.Owner.of_namespace(name, netns) for name, netns in unseen.items())
         dead = {int(name): why for name, (state, why) in verdicts.items() if state == DEAD}
         self.found: list[tuple[pathlib.Path, Attachment | Skipped]] = []
         for path, identity, each in read:
@@ -62,21 +63,48 @@ class Memory:
             (not attachment.link or self._kernel.has_link(attachment.link) is not False)
 
 
+def _entries(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    try:
+        return [*pathlib.Path(folder).iterdir()]
+    except OSError:  # most runtimes have no such folder
+        return []
+
+
+def _is_regular(path: pathlib.Path) -> bool:
+    """Whether it is a file that could be libcni's. No link is followed: where it leads, a look may block."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
 def _load(path: pathlib.Path) -> Any:
     """The document in a file, or a Skipped that says why there is none."""
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        return Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # it is another one by now
+                raise ValueError("no regular file")
+            raw = file.read(FILE_MAX + 1)
+        if len(raw) > FILE_MAX:
+            raise ValueError(f"larger than {FILE_MAX >> 20} MiB")
+        return json.loads(raw)
+    except Exception as error:
+        return _not_ours(error)
 
 
-def _interfaces_of(document: Any) -> list[tuple[str, object]]:
+def _not_ours(error: Exception) -> Skipped:
+    return Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
+
+
+def _interfaces_of(document: Any) -> list[tuple[str, str]]:
     """The interfaces of the host that a result names, each with its container."""
     try:
-        return [(interface["name"], document["containerId"]) for interface in document["result"]["interfaces"]
-                if not interface.get("sandbox")]
-    except (TypeError, KeyError, AttributeError):
+        found = [(interface["name"], document["containerId"]) for interface in document["result"]["interfaces"]
+                 if not interface.get("sandbox")]
+    except (TypeError, LookupError, AttributeError):
         return []
+    return [pair for pair in found if all(type(text) is str for text in pair)]
 
 
 def _read(document: Any, plugin: str, kernel: Kernel) -> Attachment | Skipped:
@@ -88,14 +116,14 @@ def _read(document: Any, plugin: str, kernel: Kernel) -> Attachment | Skipped:
         return reason
     except CniError as error:
         return Skipped(f"{error.msg}; {error.details}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        return Skipped(f"not a file of libcni's cache: {type(error).__name__}: {error}")
+    except Exception as error:
+        return _not_ours(error)
 
 
 def _identity(path: pathlib.Path) -> object:
     """A value that changes when a file is written again, None if the file is gone."""
     try:
-        found = path.stat()
+        found = path.lstat()
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
@@ -103,7 +131,7 @@ def _identity(path: pathlib.Path) -> object:
 
 def _age(path: pathlib.Path) -> tuple[float, str]:
     try:
-        return path.stat().st_mtime, path.name
+        return path.lstat().st_mtime, path.name
     except OSError:  # a runtime has just removed it
         return 0, path.name
 
@@ -119,34 +147,41 @@ def _attachment(cache: dict[str, Any], plugin: str, kernel: Kernel) -> Attachmen
             (config.get("capabilities") or {}).get("portMappings") is not True:
         raise Skipped("publishes nothing")
     result, ifname = cache["result"], cache["ifName"]
-    netns = cache.get("netns") or next((interface["sandbox"] for interface in result.get("interfaces", ())
+    netns = cache.get("netns") or next((interface["sandbox"] for interface in result.get("interfaces") or ()
                                         if interface.get("sandbox") and interface.get("name") == ifname), "")
     if not netns:
         raise Skipped("its network namespace is not known")
     config = {**config, "name": cache.get("networkName") or conflist["name"], "prevResult": result,
               "runtimeConfig": {"portMappings": arguments["portMappings"]}}
+    if not all(type(text) is str for text in (cache["containerId"], netns, ifname)):
+        raise Skipped("not a file of libcni's cache: containerId, netns and ifName are texts")
     environ = {"CNI_CONTAINERID": cache["containerId"], "CNI_NETNS": netns, "CNI_IFNAME": ifname,
                "CNI_ARGS": ";".join(f"{key}={value}" for key, value in cache.get("cniArgs") or ())}
     wrong = environment_error("ADD", environ)
     if wrong:
         raise wrong
-    try:
-        attachment = parse(Request("ADD", conflist.get("cniVersion", "0.1.0"), environ, config, json.dumps(result)))
-    except ConfigError as error:
-        raise explain(config, error) from None
-    attachment.link = _link(attachment.links, result, kernel)
+    attachment = parse(Request("ADD", conflist.get("cniVersion", "0.1.0"), environ, config, json.dumps(result)))
+    if not attachment.ports:
+        raise Skipped(f"publishes nothing: its result has no address on {ifname} for these ports")
     attachment.inode = max(kernel.namespace_soon(netns), 0)
+    attachment.link = _link(attachment, result, kernel)
     return attachment
 
 
-def _link(names: tuple[str, ...], result: dict[str, Any], kernel: Kernel) -> str:
-    """The host's end of a container's link, of those that its result names. Raises Skipped if it has gone."""
+def _link(attachment: Attachment, result: dict[str, Any], kernel: Kernel) -> str:
+    """The host's end of a container's link, of those that its result names. Raises Skipped if it has gone.
+
+    One with another hardware address than the result says is no witness, so the namespace is.
+    """
+    names = attachment.links
     link = kernel.link(names) if names else ""
     if names and not link and not kernel.has_interface(names[-1]):  # a bridge comes first
         raise Skipped(f"its interface {names[-1]} on this host is gone")
     name = link.rpartition("#")[0]
-    for interface in result.get("interfaces", ()):
+    for interface in result.get("interfaces") or ():
         address = interface.get("mac") if interface.get("name") == name and not interface.get("sandbox") else None
         if isinstance(address, str) and address and not kernel.has_address(link, address):
-            raise Skipped(f"its interface {name} on this host is gone; another one has its name")
+            if not attachment.inode:
+                raise Skipped(f"its interface {name} on this host is gone; another one has its name")
+            return ""
     return link

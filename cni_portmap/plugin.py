@@ -23,9 +23,30 @@ def _kernel() -> "Kernel":
     return _in_use[-1]
 
 
+# The newest version whose results look like those of another.
+FORMS = {"0.1.0": "0.2.0", "0.2.0": "0.2.0", "0.3.0": "0.4.0", "0.3.1": "0.4.0", "0.4.0": "0.4.0", "1.0.0": "1.1.0",
+         "1.1.0": "1.1.0"}
+
+
+def _result(request: cni.Request) -> str:
+    """ADD's result: prevResult in the form and with the number of the configuration's version.
+
+    A prevResult of a version that nobody knows, or of none, has that form already.
+    """
+    version, previous = request.version, request.config["prevResult"]
+    its = previous.get("cniVersion") if type(previous) is dict else None
+    if its == version:
+        return request.prev_result
+    form = FORMS.get(its, FORMS[version]) if type(its) is str else FORMS[version]
+    if form == FORMS[version]:
+        return cni.with_version(request.prev_result, version)
+    from .result import convert
+    return convert(request.prev_result, form, FORMS[version], version)
+
+
 def _add(request: cni.Request) -> str:
     attachment = parse(request)
-    result = cni.with_version(request.prev_result, request.version)
+    result = _result(request)
     if attachment.ports:
         from .verbs.add import add
         add(attachment, _kernel())

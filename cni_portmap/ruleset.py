@@ -16,7 +16,7 @@ Source: nft(8).
 from _socket import inet_ntop, inet_pton
 
 from .attachment import AF, DEFAULT_MARK_BIT, Attachment, Port
-from .cni import is_ifname
+from .cni import is_ifname, is_name
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ MAPS = {
     HOSTIP_HOSTPORTS[4]: "ip daddr . meta l4proto . th dport",
     HOSTIP_HOSTPORTS[6]: "ip6 daddr . meta l4proto . th dport",
 }
+KEY_SIZES = {HOSTPORTS: 12, HOSTIP_HOSTPORTS[4]: 12, HOSTIP_HOSTPORTS[6]: 24}  # bytes
 PROTOCOL_AND_PORT = slice(-8, None)  # of a key
 
 # The interfaces that this host's localhost leads through; the comment says whether this plugin has opened them, so that
@@ -121,18 +122,34 @@ SHARED = {
 
 # --- names ----------------------------------------------------------------------------------------------------
 
+_HASHED = frozenset("@+~=,")  # in the name of an interface: nft cannot hold it
+_HEX = frozenset("0123456789abcdef")
+
+
 def chain_of(container_id: str, ifname: str) -> str:
     """The chain of an attachment. What nft cannot hold as a name is hashed; its record then names it in full."""
     name = f"c/{container_id}/{ifname}"
-    if len(name) <= NAME_MAX and not set("@+~=,").intersection(ifname):
+    if len(name) <= NAME_MAX and _HASHED.isdisjoint(ifname):
         return name
     from hashlib import sha256  # 4 ms, for names that hardly anybody has
     return f"c/{container_id[:64]}/hash/{sha256(name.encode()).hexdigest()[:32]}"
 
 
 def is_attachment_chain(name: str) -> bool:
-    """Whether a chain of our table is an attachment's."""
-    return name.startswith("c/")
+    """Whether a chain of our table is an attachment's: its name is one that `chain_of` gives."""
+    kind, _, rest = name.partition("/")
+    container_id, _, end = rest.partition("/")
+    if kind != "c" or len(name) > NAME_MAX or not is_name(container_id):
+        return False
+    hashed, _, digest = end.partition("/")
+    if digest:
+        return hashed == "hash" and len(digest) == 32 and _HEX.issuperset(digest)
+    return is_ifname(end) and _HASHED.isdisjoint(end)
+
+
+def is_own_chain(name: str) -> bool:
+    """Whether a chain's name is of our own grammar. Others write to our table, and no other name gets into nft text."""
+    return name in SHARED or is_attachment_chain(name)
 
 
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/:@+,~")
@@ -155,7 +172,8 @@ def _unescape(value: str) -> str:
 class Owner:
     """The owner of an attachment's chain, from the chain's record; `inode` 0 if it was not known.
 
-    `link`: the host's end of its link as name#index, `pod`: what people call it; "" where that is not known.
+    `link`: the host's end of its link as name#index, `pod`: what people call it; "" where that is not known. What this
+    plugin could not have written is not known either: others may write into its chains.
     """
 
     __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode", "link", "pod")
@@ -163,16 +181,25 @@ class Owner:
     def __init__(self, chain: str, record: str) -> None:
         fields = dict(field.partition("=")[::2] for field in record.split(" "))
         container_id, _, ifname = chain.partition("/")[2].partition("/")
+        full = fields.get("id", ""), _unescape(fields.get("if", ""))
+        if is_name(full[0]) and is_ifname(full[1]) and chain_of(*full) == chain:
+            container_id, ifname = full
         netns, _, inode = fields.get("netns", "").partition("#")
-        self.chain = chain
-        self.container_id = fields.get("id", container_id)
-        self.ifname = _unescape(fields.get("if", ifname))
-        self.network = fields.get("net", "")
+        network, pod = fields.get("net", ""), _unescape(fields.get("pod", ""))
+        self.chain, self.container_id, self.ifname = chain, container_id, ifname
+        self.network = network if is_name(network) else ""
         self.netns = _unescape(netns)
-        self.inode = int(inode) if _is_number(inode) else 0
+        self.inode = int(inode) if _is_number(inode, 64) else 0
         name, _, index = fields.get("link", "").partition("#")
-        self.link = f"{name}#{index}" if is_ifname(name) and _is_number(index) else ""
-        self.pod = _unescape(fields.get("pod", ""))
+        self.link = f"{name}#{index}" if is_ifname(name) and _is_number(index, 31) else ""
+        self.pod = pod if pod.count("/") < 2 and all(map(is_name, pod.split("/"))) else ""
+
+    @classmethod
+    def of_namespace(cls, chain: str, netns: str) -> "Owner":
+        """Somebody of whom nothing is known but the path of its network namespace."""
+        owner = cls(chain, "")
+        owner.netns = netns
+        return owner
 
     def __str__(self) -> str:
         pod = f"pod {self.pod}, " if "/" in self.pod else ""
@@ -180,9 +207,9 @@ class Owner:
         return f"{pod}container {self.container_id}{name}, interface {self.ifname}, network {self.network or 'unknown'}"
 
 
-def _is_number(text: str) -> bool:
-    """Whether a record's number is one that we could have written: not more than 64 bits."""
-    return text.isascii() and text.isdigit() and len(text) <= 20
+def _is_number(text: str, bits: int) -> bool:
+    """Whether a record's number is one that this plugin could have written: not of more than so many bits."""
+    return text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < 1 << bits
 
 
 def record_of(attachment: Attachment) -> list[str]:
@@ -229,7 +256,16 @@ def element_text(map_name: str, key: bytes) -> str:
 
 def wildcard_of(port: Port) -> "Element":
     """The element that would publish a specific address' port on every address."""
-    return HOSTPORTS, bytes((_NFPROTO[port.family], 0, 0, 0)) + key_of(port)[PROTOCOL_AND_PORT]
+    return _wildcard(port.family, key_of(port))
+
+
+def wildcard_of_element(element: "Element") -> "Element":
+    """The same for the element of a specific address."""
+    return _wildcard(_FAMILIES[element[0]], element[1])
+
+
+def _wildcard(family: int, key: bytes) -> "Element":
+    return HOSTPORTS, bytes((_NFPROTO[family], 0, 0, 0)) + key[PROTOCOL_AND_PORT]
 
 
 _FAMILIES = {name: family for family, name in HOSTIP_HOSTPORTS.items()}
@@ -243,14 +279,16 @@ def claim_of(element: "Element") -> tuple[int, int, bytes, int]:
 
 
 def elements_for(target: bytes, host: bytes, protocol: int, ports: "Iterable[int]") -> "Iterator[Element]":
-    """The elements that are to lead to a dnat rule: to an address `target`, for `host` (both packed; b"" for every).
+    """The elements that may lead to a dnat rule: to an address `target`, for `host` (both packed; b"" for every).
 
-    A condition may ask for an address, too: such a rule of every address is taken for one of that address.
+    With a `host` two for each port: it may be a condition that asks for an address, in a rule of every address.
     """
     family = 4 if len(target) == 4 else 6
-    name, first = (HOSTIP_HOSTPORTS[family], host) if host else (HOSTPORTS, bytes((_NFPROTO[family], 0, 0, 0)))
     for port in ports:
-        yield name, first + bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+        ending = bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+        if host:
+            yield HOSTIP_HOSTPORTS[family], host + ending
+        yield _wildcard(family, ending)
 
 
 # A container may publish one port on several networks (podman does). Its element leads to one of its chains, where a
@@ -271,7 +309,8 @@ def standby_comment(ifname: str) -> str:
 
 def standby_interfaces(comments: "Iterable[str]") -> list[str]:
     """The interfaces that the rules of a chain, by their comments, note with `standby_note`."""
-    return [comment[len(_STANDBY):] for comment in comments if comment.startswith(_STANDBY)]
+    names = (comment[len(_STANDBY):] for comment in comments if comment.startswith(_STANDBY))
+    return [name for name in names if is_ifname(name)]
 
 
 # --- commands -------------------------------------------------------------------------------------------------
@@ -369,10 +408,11 @@ def inherit(inherited: "Mapping[Element, str]", notes: "Iterable[tuple[str, str]
     return text + "".join(standby_note(*note) for note in notes)
 
 
-def probe(family: int, conditions: str) -> str:
-    """Commands, for a dry run, that show whether nft takes `conditions` as a match."""
+def probe(family: int, conditions: str, protocols: "Iterable[str]") -> str:
+    """Commands, for a dry run, that show whether nft takes `conditions` as a match for ports of these protocols."""
     table = f"inet {TABLE_NAME}_probe"
-    return f"add table {table}\nadd chain {table} probe {{\nmeta nfproto ipv{family} {conditions}\n}}\n"
+    rules = (f"meta nfproto ipv{family} {conditions} {protocol} dport 1" for protocol in protocols)
+    return "\n".join((f"add table {table}", f"add chain {table} probe {{", *rules, "}")) + "\n"
 
 
 def rules_of(attachment: Attachment) -> "Iterator[str]":

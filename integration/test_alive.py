@@ -220,7 +220,7 @@ def test_gc_spares_who_comes_back(host, make):
     host.add(*pods)
     for pod in pods:
         end(pod)
-    found = prune(Late(lambda: host.add(
+    found, _ = prune(Late(lambda: host.add(
         wired("web", "8080:80", number=4) if make is wired else bare("web", "8080:80"))))
     assert {owner.container_id: state for owner, (state, _) in found} == {"web": "dead", "dead": "dead"}
     assert lab.chains() == [pods[0].chain] and owners(host) == {"web": "alive"}

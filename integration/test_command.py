@@ -98,6 +98,23 @@ def test_gc_removes_the_dead(bin_dir, network, web):
         assert "stale attachments: 0" in command(bin_dir, "gc")
 
 
+def test_gc_goes_on(bin_dir, network, web):
+    """A dead chain that somebody's rule jumps to cannot go; it is named, and the others go."""
+    with lab.restored_table():
+        for name, port in ("stuck", 1), ("free", 2):
+            dead = lab.Container(network, name, [{"hostPort": port, "containerPort": 1}])
+            dead.namespace.remove()
+            if name == "stuck":
+                lab.nft_script("add chain inet cni_portmap theirs",
+                               f"add rule inet cni_portmap theirs jump {ruleset.chain_of(dead.id, 'eth0')}")
+        command(bin_dir, "list", "--port", 2)
+        assert "stale attachments: 1" in command(bin_dir, "gc", status=1)
+        command(bin_dir, "list", "--port", 1)
+        command(bin_dir, "list", "--port", 2, status=1)
+        lab.nft_script("delete chain inet cni_portmap theirs")
+        assert "stale attachments: 1" in command(bin_dir, "gc")
+
+
 def test_restore_brings_back_what_a_flush_lost(bin_dir, web, tmp_path):
     """Ports that a flush removed come back from libcni's cache, once, and not those of the dead."""
     entry = {"kind": "cniCacheV1", "containerId": web.id, "ifName": "eth0", "networkName": "command",

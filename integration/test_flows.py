@@ -1,5 +1,7 @@
 """Connections that outlive what they led to: after ADD and DEL conntrack forgets those, and no others."""
+import base64
 import contextlib
+import json
 import re
 
 import lab
@@ -55,6 +57,23 @@ def test_udp_older_than_the_container_reaches_it(site, who, to, family):
         assert client.ask_until("anybody", 0.05) is None
         with site.publish("web", UDP, "udp"):
             assert client.ask_until("web").server == "web"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_udp_that_never_stops_reaches_what_is_restored(site, family, tmp_path):
+    """A client that sends all the time during a firewall's reload is answered after `restore`, as after ADD."""
+    with udp(site, "client", "LAN address", family) as client, client.chatter(), \
+            site.publish("web", UDP, "udp") as container:
+        assert client.ask_until("web").server == "web"
+        conflist = base64.b64encode(json.dumps(container.network.conflist).encode()).decode()
+        (tmp_path / "home-web-eth0").write_text(json.dumps({
+            "kind": "cniCacheV1", "containerId": container.id, "ifName": "eth0", "networkName": "home",
+            "config": conflist, "capabilityArgs": {"portMappings": UDP}, "result": container.result}))
+        lab.nft_script(f"delete table {lab.TABLE}")
+        lab.run("conntrack", "-F")
+        assert client.ask_until("anybody", 0.3) is None
+        lab.run(site.bin_dir.parent / "sbin/cni-portmap", "restore", "--cache", tmp_path)
+        assert client.ask_until("web").server == "web"
 
 
 @each_way

@@ -234,6 +234,31 @@ def test_garbage_in_the_folder_is_passed_over(host, cache):
     assert restored(report) == [WEB.chain] and len(report["skipped"]) == 9
 
 
+def test_one_that_nft_refuses(host, cache):
+    """Conditions that nft does not take (written for another version, a set that is gone) keep nobody else away."""
+    first, bad, last = alive(WEB, Pod("bad", "8081:80", conditionsV4=["ip saddr @office"]), Pod("last", "8082:80/udp"))
+    for pod in first, bad, last:
+        cache.write(pod)
+    report = cache.restore(host, status=1)
+    assert restored(report) == [last.chain, first.chain] == lab.chains()
+    assert [each["container"] for each in report["refused"]] == ["bad"] and "office" in report["refused"][0]["reason"]
+    assert cache.restore(host, status=1)["in_place"] == 2
+
+
+def test_files_that_block(host, cache):
+    """A link to what never answers, an endless file, and numbers that nobody can count to are survived."""
+    alive(WEB)
+    whole = cache.write(WEB).read_text()
+    (cache.folder / "zero").symlink_to("/dev/zero")
+    (cache.folder / "kernel").symlink_to("/proc/kmsg")
+    with (cache.folder / "sparse").open("wb") as file:
+        file.truncate(3 << 30)
+    for index, number in enumerate(("0", "1e999", "9" * 5000)):
+        (cache.folder / f"number{index}").write_text(whole.replace(f'"{WEB.netns}"', number))
+    report = cache.restore(host)
+    assert restored(report) == [WEB.chain] and len(report["skipped"]) == 4
+
+
 def test_no_folder(host, cache):
     """A folder that does not exist holds nothing."""
     cache.folder = pathlib.Path("/run/nowhere")

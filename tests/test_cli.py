@@ -82,6 +82,37 @@ def test_an_error_is_json_too(host, capsys):
     assert err == "cni-portmap: cannot read nf_tables\n  run it as root\n"
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' + "9" * 5000 + "}", "{", "[]", '{"plugins":{}}',
+                                  '{"cniVersion":[],"plugins":[1,{"type":{}},{"type":"portmap","name":1}]}'])
+def test_validate_of_any_file(host, capsys, tmp_path, text):
+    """Each is a finding."""
+    (tmp_path / "x.conflist").write_text(text)
+    assert cli.main(["validate", str(tmp_path / "x.conflist")]) == 1
+    assert "expected" in capsys.readouterr().out
+
+
+def test_validate_reads_keys_as_the_plugin_does(host, capfd, tmp_path):
+    """A key in another case is checked, and told."""
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}, "ConditionsV4": ["ip saddr shop"]}
+    (tmp_path / "x.conflist").write_text(json.dumps({"cniVersion": "1.0.0", "name": "x", "plugins": [{}, portmap]}))
+    assert cli.main(["validate", str(tmp_path / "x.conflist")]) == 1
+    out, err = capfd.readouterr()
+    assert "conditionsV4: expected an address in place of shop" in out and '"ConditionsV4" as conditionsV4' in err
+
+
+def test_gc_names_what_cannot_be_removed(host, capsys, monkeypatch):
+    """It ends with 1 then, and says what it has removed all the same."""
+    web, db = (ruleset.Owner(ruleset.chain_of(name, "eth0"), "net=lab") for name in ("web", "db"))
+    monkeypatch.setattr("cni_portmap.cli.gc.prune", lambda kernel, dry_run: (
+        [(web, ("dead", "gone")), (db, ("dead", "gone"))], [(db, CniError(100, "busy"))]))
+    assert cli.main(["gc"]) == 1
+    out, err = capsys.readouterr()
+    assert f"removed {web}: gone" in out and "container db" not in out and "stale attachments: 1" in out
+    assert err == f"cni-portmap: cannot remove {db}: busy\n"
+    assert cli.main(["gc", "--json"]) == 1
+    assert [each["container"] for each in json.loads(capsys.readouterr().out)] == ["web"]
+
+
 @pytest.mark.parametrize("ports, text", [((80,), "80"), ((80, 9000, 9001, 9002), "80,9000-9002"), ((1, 2), "1-2")])
 def test_ranges(ports, text):
     """Consecutive ports are a range."""

@@ -279,6 +279,7 @@ def run(executable, stdin, *variables, shell='exec "$0"', cwd=None):
 
 
 ADD = ["CNI_COMMAND=ADD", *(f"{name}={value}" for name, value in VARIABLES.items())]
+ENVIRON = dict(variable.split("=", 1) for variable in (PATH, *ADD))
 
 
 def test_process(executable):
@@ -303,6 +304,43 @@ def test_process_refuses(executable, stdin, variables, code):
     """A refusal is one document on stdout and a status of its own, with nothing else anywhere."""
     done = run(executable, stdin, *variables)
     assert (done.returncode, json.loads(done.stdout)["code"], done.stderr) == (1, code, b"")
+
+
+@pytest.mark.parametrize("stdin", UNDECODABLE.values(), ids=UNDECODABLE)
+def test_process_undecodable(executable, stdin):
+    """A process of its own, where the json module is not loaded: Python 3.11's scanner then has no words (code 99)."""
+    done = subprocess.run([executable], input=stdin, capture_output=True, env=ENVIRON, timeout=60, check=False)
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["code"], done.stderr) == (1, 6, b"") and len(document["msg"]) > 40
+
+
+@pytest.mark.parametrize("stdin", ['{"name":"lab","cniVersion":"1.1.0","a":{"b" 1}}', '{"a":{"x":1,}}', '{"a":["x}'])
+def test_process_malformed_inside(executable, stdin):
+    """VERSION minds no malformed value, and other verbs say where it is."""
+    version = {**ENVIRON, "CNI_COMMAND": "VERSION"}
+    done = subprocess.run([executable], input=stdin.encode(), capture_output=True, env=version, timeout=60, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["supportedVersions"] == VERSIONS
+    done = subprocess.run([executable], input=stdin.encode(), capture_output=True, env=ENVIRON, timeout=60, check=False)
+    document = json.loads(done.stdout)
+    assert document["code"] == 6 and "(char " in document["msg"], document
+
+
+def test_process_without_end(executable):
+    """Standard input that never ends does not fill the memory."""
+    with open("/dev/zero", "rb") as zero:
+        done = subprocess.run([executable], stdin=zero, capture_output=True, env=ENVIRON, timeout=60, check=False)
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["code"]) == (1, 6) and "32 MiB" in document["msg"]
+
+
+def test_process_all_ports(executable):
+    """A mapping of each port, and 5 MB of args, are less than the limit."""
+    given = configuration(*({"hostPort": port, "containerPort": port} for port in range(1, 65536)),
+                          args={"x": "y" * 5_000_000})
+    done = subprocess.run([executable], input=json.dumps(given).encode(), capture_output=True, timeout=60, check=False,
+                          env={**ENVIRON, "CNI_COMMAND": "STATUS", "CNI_NETNS": ""})
+    document = json.loads(done.stdout or "{}")
+    assert document.get("code") in (None, 50), document  # it was read; without root there is no nftables
 
 
 def test_process_version(executable):

@@ -75,6 +75,14 @@ def test_no_mappings(verb, given, extra):
     assert loaded(verb, given) == PROTOCOL | extra
 
 
+def test_another_version():
+    """Only a result of another version is converted, with the json module."""
+    result = {"cniVersion": "0.4.0", "ips": []}
+    same = loaded("ADD", {**configuration(prevResult=result), "cniVersion": "0.3.1"})
+    assert same == PROTOCOL
+    assert {"cni_portmap.result", "json"} <= loaded("ADD", configuration(prevResult=result))
+
+
 def test_about():
     """So does one without a command."""
     environ = {"PATH": "/usr/bin:/bin"}
@@ -212,8 +220,8 @@ ARROWS = {
     "__init__": set(), "__main__": {"cli"}, "cni": set(), "attachment": set(), "conditions": {"attachment"},
     "config": {"attachment", "conditions"}, "explain": {"attachment", "conditions", "config"},
     "ruleset": {"attachment"}, "linux": {"attachment", "ruleset"}, "verbs": {"attachment", "ruleset", "linux"},
-    "libcni_cache": {"attachment", "config", "explain", "linux", "ruleset"},
-    "plugin": {"config", "explain", "linux", "verbs"},
+    "libcni_cache": {"attachment", "config", "linux", "ruleset"},
+    "plugin": {"config", "explain", "linux", "result", "verbs"}, "result": {"attachment"},
     "cli": {"attachment", "explain", "libcni_cache", "linux", "ruleset", "verbs"},
 }
 

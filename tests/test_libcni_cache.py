@@ -81,6 +81,63 @@ def test_skipped(tmp_path, changes, reason):
     assert isinstance(found, libcni_cache.Skipped) and reason in str(found)
 
 
+PLACES = ["kind", "containerId", "config", "ifName", "networkName", "netns", "capabilityArgs", "cniArgs", "result"]
+INNER = [*(("result", key) for key in ("interfaces", "ips", "cniVersion")), ("capabilityArgs", "portMappings")]
+ODD = [None, True, 0, -1, 7, 10 ** 400, 1e308, float("inf"), "", "x", "\ud800", "\0", "x" * 100_000, [], [[]], [None],
+       [1], ["e", "t"], [{}], [{"name": []}], [{"name": {}, "mac": 1}], [[[1]]], {}, {"e": 1}, {"x": {}}]
+
+
+def test_any_type_of_any_member(tmp_path):
+    """Nothing that a file has in the place of anything else keeps another's container from being restored."""
+    count = 0
+    for value in ODD:
+        for place in PLACES:
+            write(tmp_path, f"{count}", raw=json.dumps({**encoded(), place: value}).encode())
+            count += 1
+        for place, key in INNER:
+            write(tmp_path, f"{count}", raw=json.dumps({**encoded(), place: {**CACHE[place], key: value}}).encode())
+            count += 1
+        for conflist in ({**CONFLIST, "plugins": value}, {**CONFLIST, "cniVersion": value}, value,
+                         {**CONFLIST, "plugins": [value]}, {**CONFLIST, "plugins": [{"type": "portmap", "capabilities":
+                                                                                    value}]}):
+            write(tmp_path, f"{count}", config=base64.b64encode(json.dumps(conflist).encode()).decode())
+            count += 1
+    write(tmp_path, "good", containerId="good")
+    found = read(tmp_path)
+    assert len(found) == count + 1
+    live = [each for each in found if isinstance(each, Attachment)]
+    assert {"web-1", "good"} <= {each.container_id for each in live}
+    assert all(type(each.ifname) is str for each in live)
+
+
+def encoded():
+    return {**CACHE, "config": base64.b64encode(json.dumps(CONFLIST).encode()).decode()}
+
+
+def test_any_kind_of_file(tmp_path):
+    """A look may block, or never end: only regular files are read, and only so much of them."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "kernel").symlink_to("/proc/kmsg")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(3 << 30)
+    write(tmp_path, "good")
+    found = dict(libcni_cache.Memory([tmp_path, tmp_path / "good", "/proc/self/mem"]).found)
+    assert {path.name for path in found} == {"sparse", "good"} and isinstance(found[tmp_path / "good"], Attachment)
+    assert "larger than 32 MiB" in str(found[tmp_path / "sparse"])
+
+
+def test_a_file_that_becomes_another(tmp_path, monkeypatch):
+    """What was a file when the folder was read may be a FIFO by now."""
+    monkeypatch.setattr(libcni_cache, "_is_regular", lambda path: True)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    found = read(tmp_path)
+    assert len(found) == 2 and all(isinstance(each, libcni_cache.Skipped) for each in found)
+
+
 def test_order(tmp_path):
     """The oldest comes first: it had the port."""
     for name, time in ("b", 1), ("a", 2), ("c", 2):
@@ -118,6 +175,15 @@ def test_who_cannot_be_judged_is_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(alive, "Sight", lambda: types.SimpleNamespace(held=set(), mounted=set(), obstacle="hidepid"))
     write(tmp_path, netns="/run/netns/gone")
     assert isinstance(read(tmp_path)[0], Attachment)
+
+
+def test_a_link_with_another_address_is_no_witness(tmp_path, monkeypatch):
+    """Somebody may have given it one: where the namespace is there, that says who lives."""
+    monkeypatch.setattr(Kernel, "link", lambda self, names: "lo#1")
+    interfaces = [{"name": "lo", "mac": "02:00:00:00:00:01"}, {"name": "eth0", "sandbox": NETNS}]
+    write(tmp_path, result={**PREV_RESULT, "interfaces": interfaces})
+    [found] = read(tmp_path)
+    assert isinstance(found, Attachment) and found.link == ""
 
 
 def linked(folder, name, link, container_id, mac="", ports=(PORT,)):

@@ -240,10 +240,11 @@ def test_chain(wire):
 
 def test_rules(wire):
     """Rules with their chain, comment and expressions; of one chain, or of all."""
-    first, second = message(6, rule("a", b"\0\x02x\0"), MULTI), message(6, rule("b", b"", b"raw!"), MULTI)
+    first, second = (message(6, rule(*fields), MULTI)
+                     for fields in (("guard", b"\0\x02x\0"), ("c/b/eth0", b"", b"raw!")))
     there = wire(first + second + DONE_MESSAGE, DONE_MESSAGE)
     tables = table.Table("t")
-    assert tables.rules() == [("a", "x", b""), ("b", "", b"raw!")]
+    assert tables.rules() == [("guard", "x", b""), ("c/b/eth0", "", b"raw!")]
     assert tables.rules("c") == []
     named = b"\1\0\0\0" + name(1, "t")
     assert [body for _, _, body in there.sent] == [named, named + name(2, "c")]
@@ -263,7 +264,7 @@ def test_elements(wire):
     """All elements of a map, in as many messages as they come; none without the map."""
     many = message(1, bytes(4) + name(1, "t") + nested(3, element(KEY, "a"), element(OTHER, "b")), MULTI)
     wire(many + many, DONE_MESSAGE)
-    assert [*table.Table("t")._verdicts("hostports")] == [(KEY, "a"), (OTHER, "b")] * 2
+    assert [*table.Table("t")._verdicts("hostports")] == [(KEY, b"a\0"), (OTHER, b"b\0")] * 2
     wire(error(ENOENT))
     assert [*table.Table("t")._verdicts("hostports")] == []
     wire(error(EPERM))
@@ -275,7 +276,36 @@ def test_catchall(wire):
     """`add element inet cni_portmap hostports { * : drop }` has no key; it breaks nothing."""
     catchall = nested(1, attribute(3, b"\0\0\0\2"), nested(2, nested(2, attribute(1, bytes(4)))))
     wire(message(1, bytes(4) + nested(3, catchall, element(KEY, "a")), MULTI) + DONE_MESSAGE)
-    assert (KEY, "a") in [*table.Table("t")._verdicts("hostports")]
+    assert (KEY, b"a\0") in [*table.Table("t")._verdicts("hostports")]
+
+
+FOREIGN = ["mine", "c/x/y; add table ip pwned", "c/x", "c/x/y z", "c//eth0", "c/x/", "c/x/hash/1", "d/x/eth0"]
+
+
+def test_names_that_are_not_ours_are_not_read(wire):
+    """Chains that others made, and elements that lead there, have no name here: none gets into nft text."""
+    chains = [name for other in FOREIGN for name in (other, "c/x/eth0")]
+    many = b"".join(message(1, bytes(4) + nested(3, element(KEY, chain)), MULTI) for chain in chains) + DONE_MESSAGE
+    wire(many, many, DONE_MESSAGE, many)
+    tables = table.Table("t")
+    ours = ["", "c/x/eth0"] * len(FOREIGN)
+    assert [chain for _, chain in tables.elements()] == ours * 2
+    assert [chain for chain, _ in tables.owners_of_port("hostports", [KEY[-8:]])] == ours
+    wire(b"".join(message(6, rule(chain), MULTI) for chain in chains) + DONE_MESSAGE)
+    assert [chain for chain, *_ in table.Table("t").rules()] == ours
+    wire(b"".join(message(6, bytes(4) + name(1, "t") + name(3, chain) + attribute(2, bytes((0, 0, 0, 7))), MULTI)
+                  for chain in chains) + DONE_MESSAGE)
+    assert table.Table("t").handles() == {"": 7, "c/x/eth0": 7}
+    wire(message(1, bytes(4) + nested(3, element(KEY, FOREIGN[1]))))
+    assert table.Table("t").lookup([("hostports", KEY)]) == {("hostports", KEY): ""}
+
+
+def test_map_of_another_type(wire):
+    """A map of our name that somebody else has made has keys of another size: it is named, and nothing breaks."""
+    wire(message(1, bytes(4) + nested(3, element(bytes(4), "c/x/eth0")), MULTI) + DONE_MESSAGE)
+    with pytest.raises(CniError, match="foreign set or map") as caught:
+        table.Table("t").elements()
+    assert caught.value.code == 103
 
 
 def test_foreign_names(wire):
@@ -309,6 +339,37 @@ TO_80 = TO + expression("immediate", 2, b"\0\x50") + NAT_TO_2
 
 def dport(operator, port):
     return expression("cmp", 1, operator, struct.pack(">H", port))
+
+
+def test_verdicts():
+    """How a rule ends a packet's way; what only looks, counts or marks does not."""
+    def verdict(code, chain=""):
+        return nested(1, name(1, "immediate"), nested(2, attribute(1, bytes(4)), nested(2, nested(
+            2, attribute(1, code.to_bytes(4, "big", signed=True)), *([name(2, chain)] if chain else [])))))
+    for code, said in (0, "drop"), (1, "accept"), (-1, ""), (-3, "jump"), (-4, "goto"), (-5, "return"), (7, ""):
+        assert said_of(DPORT, verdict(code, "x" if code < -2 else "")) == said
+    assert said_of(nested(1, name(1, "queue")), b"") == "queue"
+    assert said_of(L4PROTO, expression("counter", 1), TO, NAT) == ""
+    assert said_of(nested(1, name(1, "lookup"), nested(2, name(1, "blocked"), attribute(2, b"abcd"),
+                                                       attribute(3, bytes(4))))) == "vmap"
+    assert said_of(nested(1, name(1, "lookup"), nested(2, name(1, "blocked"), attribute(2, b"abcd")))) == ""
+    assert expressions.verdict_of(("comment", ("lookup", b"element", b"sreg", bytes(4), None))) == "vmap"
+    assert expressions.verdict_of(("comment", ("lookup", b"element", b"sreg", None, None))) == ""
+
+
+def said_of(*raw):
+    """The verdict of a rule of these expressions, as a snapshot has them."""
+    return expressions.verdict_of(("comment", *((kind, *sorted(fields.items()))
+                                                for kind, fields in expressions.expressions(b"".join(raw)))))
+
+
+@pytest.mark.parametrize("raw", [
+    expression("payload", 1, 2, 2, 4) + expression("cmp", 1, 3, b"\xff" * 4),
+    expression("payload", 1, 2, 2, 16) + expression("cmp", 1, 5, b"\xff" * 16),
+    expression("payload", 1, 2, 2, 4) + expression("range", 1, 0, bytes(4), b"\xff" * 4)])
+def test_a_foreign_rule_cannot_have_more_ports_than_there_are(raw):
+    """Somebody compares more than the port, as one number: nobody counts to that."""
+    assert len(expressions.DnatRule(L4PROTO + raw + TO + NAT, lambda _: []).ports) == 65536
 
 
 @pytest.mark.parametrize("raw, daddr, ports", [

@@ -166,12 +166,15 @@ def test_foreign_element(name, key):
 
 @hypothesis.given(PORT_OBJECTS)
 def test_elements_of_rule(found):
-    """The element of a port is the one that leads to the rule that its attachment has for it."""
+    """The element of a port may lead to the rule that its attachment has for it.
+
+    A rule of one address may be of a port of every address, with a condition.
+    """
     packed = ruleset.key_of(found)[:-8] if found.host_ip else b""
     rule = types.SimpleNamespace(target=bytes(4 if found.family == 4 else 16), daddr=packed,
                                  ports={found.host_port: 80}, protocol=ruleset.PROTOCOL_NUMBERS[found.protocol])
     wanted = {*ruleset.elements_for(rule.target, rule.daddr, rule.protocol, rule.ports)}
-    assert wanted == {(ruleset.map_of(found), ruleset.key_of(found))}
+    assert wanted == {(ruleset.map_of(found), ruleset.key_of(found)), ruleset.wildcard_of(found)}
 
 
 # --- names and records ----------------------------------------------------------------------------------------
@@ -246,15 +249,53 @@ def test_stand_by_round_trip(ifnames, others):
     notes = [re.fullmatch(r'add chain inet cni_portmap c \{\ncontinue comment "([^"\\]{1,128})"\n\}\n',
                           ruleset.standby_note("c", ifname))[1] for ifname in ifnames]
     others = [other for other in others if not other.startswith("also on ")]
+    others += ["also on ", "also on x; flush ruleset", "also on 0123456789abcdef"]
     assert ruleset.standby_interfaces([*others, *notes]) == ifnames
+
+
+@hypothesis.given(OWNERS)
+def test_own_names(owner):
+    """Every name that an attachment's chain can have is known again."""
+    chain = ruleset.chain_of(owner.container_id, owner.ifname)
+    assert ruleset.is_attachment_chain(chain) and ruleset.is_own_chain(chain)
+
+
+@hypothesis.given(st.text() | st.text(alphabet="c/ab0.-_@;{} \n\"").map("c/".__add__))
+def test_names_of_others(name):
+    """What is taken for a chain of ours can only be a name in nft text."""
+    if ruleset.is_own_chain(name):
+        assert re.fullmatch(r"c/[A-Za-z0-9][A-Za-z0-9_.\-]*/[A-Za-z0-9_.\-]{1,15}|c/[A-Za-z0-9_.\-]+/hash/[0-9a-f]{32}",
+                            name) or name in ruleset.SHARED
+
+
+@pytest.mark.parametrize("name", ["", "c", "c/", "c/a", "c/a/", "c//eth0", "c/a/eth0/x", "c/a/eth0;", "c/a b/eth0",
+                                  "c/-a/eth0", "c/a/.", "c/a/x@y", "c/a/0123456789abcdef", "c/a/hash/", "c/é/eth0",
+                                  "c/a/hash/" + "g" * 32, "c/a/hash/" + "0" * 31, f"c/{'a' * 254}/eth0", "d/a/eth0",
+                                  "c/a/hash/" + "0" * 32 + "/x", "guard\n", "c/a/eth0\n", "c/a/\udcff"])
+def test_names_that_are_not_ours(name):
+    """Nearly ours is not ours."""
+    assert not ruleset.is_own_chain(name)
+
+
+@pytest.mark.parametrize("record, field, expected", [
+    ("net=lab; add netns=/n#5", "network", ""), ("net=a\nb", "network", ""), ("pod=a;b", "pod", ""),
+    ('pod=a"b/c', "pod", ""), ("pod=a/b/c", "pod", ""), ("pod=/", "pod", ""), ("pod=shop/web", "pod", "shop/web"),
+    ("netns=/n#" + "9" * 4300, "inode", 0), ("netns=/n#18446744073709551616", "inode", 0),
+    ("netns=/n#18446744073709551615", "inode", 2 ** 64 - 1), ("netns=/n#²", "inode", 0), ("netns=/n#-1", "inode", 0),
+    ("link=veth1#2147483648", "link", ""), ("link=veth1#2147483647", "link", "veth1#2147483647"),
+    ("link=a;b#1", "link", ""), ("id=victim if=eth0", "container_id", "web"), ("id=web if=eth9", "ifname", "eth0"),
+    ("id=a;b if=x@y", "container_id", "web")])
+def test_records_of_others(record, field, expected):
+    """What the plugin could not have written, in a chain of that name, is not known."""
+    assert getattr(ruleset.Owner("c/web/eth0", record), field) == expected
 
 
 # --- nothing breaks out ---------------------------------------------------------------------------------------
 
 ADDRESS = r"(?:[0-9.]+|[0-9a-f:.]+)"
 NAME = r"c/[A-Za-z0-9/_.\-]+"
-CONDITION_WORDS = ["ip", "ip6", "saddr", "daddr", "10.0.0.0/8", "fd00::/8", "!=", "{ 1.2.3.4, 1.2.3.5 }",
-                   'iifname "eth*"', "@trusted", "ct state new"]
+CONDITION_WORDS = ["ip saddr 10.0.0.0/8", "ip6 daddr != fd00::/8", "ip daddr { 1.2.3.4, 1.2.3.5 }",
+                   'iifname "eth*"', "ip saddr @trusted", "ct state new"]
 WORD = "|".join(map(re.escape, CONDITION_WORDS))
 PROTOCOL = "(?:tcp|udp|sctp)"
 MATCH = rf"(?:meta nfproto ipv[46]|ip6? daddr {ADDRESS})(?: (?:{WORD}))* {PROTOCOL} dport"

@@ -120,9 +120,9 @@ def test_inode():
 
 
 @pytest.mark.parametrize("keys, texts", [
-    ({}, []), ({"conditionsV4": ["ip saddr 10.0.0.1"]}, [ruleset.probe(4, "ip saddr 10.0.0.1")]),
+    ({}, []), ({"conditionsV4": ["ip saddr 10.0.0.1"]}, [ruleset.probe(4, "ip saddr 10.0.0.1", ["tcp"])]),
     ({"conditionsV4": ["-s 10.0.0.1"], "conditionsV6": ["ct state new"]},
-     [ruleset.probe(4, "ip saddr 10.0.0.1"), ruleset.probe(6, "ct state new")])])
+     [ruleset.probe(4, "ip saddr 10.0.0.1", ["tcp"]), ruleset.probe(6, "ct state new", ["tcp"])])])
 def test_conditions(keys, texts):
     """Conditions are tried alone, in a dry run; what nft doesn't take is code 7 before anything is written."""
     kernel = RecordingKernel()
@@ -132,6 +132,16 @@ def test_conditions(keys, texts):
     error = add(kernel, **keys)
     assert (error.code, error.details) == (7, "syntax error") if texts else error is None
     assert bool(kernel.written) != bool(texts)
+
+
+def test_conditions_are_tried_with_each_protocol():
+    """One that names a protocol cannot be written for the ports of another: that is told before anything is."""
+    kernel = RecordingKernel(**INTACT)
+    assert add(kernel, PORT, mapping(protocol="udp"), {**PORT, "hostIP": "::1", "protocol": "sctp"},
+               conditionsV4=["tcp sport 1024-65535"]) is None
+    (_, text), = kernel.named("dry_run")
+    rule = "meta nfproto ipv4 tcp sport 1024-65535"
+    assert text.splitlines()[2:] == [f"{rule} tcp dport 1", f"{rule} udp dport 1", "}"]
 
 
 # --- who owns a port ------------------------------------------------------------------------------------------
@@ -435,6 +445,17 @@ def test_heirs(notes, wanted, leads):
     assert text.count("also on") == (len(leads) if len(wanted) > 1 else 0)
 
 
+@pytest.mark.parametrize("own_address", [False, True])
+def test_heir_with_a_condition_on_an_address(own_address):
+    """A rule of one address is that of every address with a condition, unless its own element leads there."""
+    wildcard, specific = elements(WEB)[0], elements(attachment({**PORT, "hostIP": "10.9.0.1"}))[0]
+    table = dict.fromkeys(elements(WEB), FIRST) | ({specific: SECOND} if own_address else {})
+    kernel = RecordingKernel(**noted(["eth1"], elements_wanted_by={wildcard, specific}, lookup=lambda wanted: {
+        element: table[element] for element in wanted if element in table}))
+    delete("web-1", "eth0", kernel)
+    assert ("elements = " in kernel.written[0]) == (not own_address)
+
+
 def test_heirs_of_replacement():
     """A repeated ADD keeps the notes, and lets an heir have only what it doesn't publish any more."""
     kernel = RecordingKernel(**noted(["eth1"]))
@@ -723,11 +744,35 @@ def test_prune():
     """The dead go, the others are told; nothing is judged under the lock."""
     kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=lambda owners: {
         owner.chain: ("dead" if owner.container_id in "ab" else "unknown", "") for owner in owners})
-    found = prune(kernel)
+    found, refused = prune(kernel)
+    assert refused == []
     assert [state for _, (state, _) in found] == ["dead"] * 3 + ["unknown"] * 2 and "judge" not in locked(kernel)
     assert kernel.written == [ruleset.detach(["c/a/eth0", "c/a/eth1", "c/b/eth0"], [])]
     again = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
-    assert len(prune(again, dry_run=True)) == 5 and again.written == []
+    assert len(prune(again, dry_run=True)[0]) == 5 and again.written == []
+
+
+def test_prune_goes_on():
+    """One chain that cannot go, because somebody's rule jumps there, keeps no other; it is told."""
+    def refuse(generation, chains, *_):
+        if "c/a/eth0" in chains:
+            raise cni.CniError(100, "refused")
+        return True
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead, remove=refuse)
+    found, refused = prune(kernel)
+    assert len(found) == 5 and [(owner.chain, error.code) for owner, error in refused] == [("c/a/eth0", 100)]
+    assert kernel.written[1:] == [ruleset.detach([chain], []) for chain in HANDLES if chain != "c/no"][:5]
+
+
+@pytest.mark.parametrize("remove", [prune, lambda kernel: gc("lab", set(), kernel)])
+def test_who_waits_for_the_lock_in_vain_does_not_go_on(remove):
+    """Each of the others would wait 30 seconds, too."""
+    def lock():
+        raise cni.CniError(11, "timed out")
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
+    kernel.lock = lock
+    with pytest.raises(cni.CniError, match="timed out"):
+        remove(kernel)
 
 
 def test_gc_goes_on():
@@ -822,12 +867,38 @@ def test_check_judges_the_owner(record, answers, word):
         assert f'counter comment "{record}"' in empty.written[0]
 
 
+def test_check_tries_conditions():
+    """What nft does not take is code 7, as for ADD: the configuration has changed since."""
+    kernel, empty, _ = intact(dry_run="conflicting protocols")
+    with pytest.raises(cni.CniError) as caught:
+        check_attachment(attachment(PORT, conditionsV4=["udp sport 1"]), kernel)
+    assert caught.value.code == 7 and empty.written == []
+
+
 def test_check_foreign_rules():
     """Rules of others, before, between and after ours, don't matter."""
     kernel, _, snapshot = intact()
     kernel.answers["snapshot"] = lambda chain: [HOOK, "mine",
                                                *(each for rule in snapshot(chain)[1:] for each in (rule, "mine"))]
     assert check(kernel) is None
+
+
+def test_check_foreign_verdicts():
+    """One that ends a packet's way is named, wherever it stands in a chain of ours."""
+    verdict = ("", ("immediate", (1, bytes(4)), (2, b"\x0c\0\2\0" + b"\x08\0\1\0" + b"\0\0\0\1")))
+    for name in CHAINS:
+        kernel, _, snapshot = intact()
+        kernel.answers["snapshot"] = lambda chain, name=name, snapshot=snapshot: [
+            HOOK, *([verdict] if chain == name else []), *snapshot(chain)[1:]]
+        error = check(kernel)
+        assert error.code == 104 and f"chain {name}: rule 1 is foreign" in error.msg and "accept" in error.msg
+
+
+def test_check_element_of_a_chain_that_is_not_ours():
+    """It leads elsewhere; nobody asks whose chain that is, which would read the whole table."""
+    kernel, *_ = intact(lookup=dict.fromkeys(elements(WEB), ""))
+    assert "not forwarded" in check(kernel).msg
+    assert ("owner", "") not in kernel.calls
 
 
 CHAINS = [*ruleset.SHARED, CHAIN]
@@ -1001,6 +1072,47 @@ def test_restore_guards_what_is_open(kernel, monkeypatch):
     kernel = RecordingKernel(**INTACT)
     restore([], kernel)
     assert kernel.written == []
+
+
+def test_restore_of_all_but_one():
+    """What nft refuses of one container keeps no other's ports away: each is tried by itself, and is told."""
+    def transact(text):
+        if "c/bad/eth0" in text:
+            raise cni.CniError(100, "refused")
+    kernel = RecordingKernel(transact=transact, has_table=lambda: bool(kernel.written), is_noted=False)
+    pods = [WEB, other("bad", mapping(host_port=1)), other("second", mapping(host_port=9))]
+    restored, refused = restore(pods, kernel)
+    assert restored == [pods[0], pods[2]] and [(pod, error.code) for pod, error in refused] == [(pods[1], 100)]
+    notes = ruleset.note_interfaces({"cni0": ruleset.OPENED})
+    assert [text for text in kernel.written[2:] if "c/bad" not in text] == \
+        [ruleset.attach(pod) + notes for pod in restored]  # open since before the table went
+
+
+def test_restore_does_not_go_on_without_the_base():
+    """Where what all share cannot be written, nothing is; and one refusal says so."""
+    def transact(text):
+        raise cni.CniError(100, "refused")
+    kernel = RecordingKernel(transact=transact)
+    with pytest.raises(cni.CniError, match="refused"):
+        restore([WEB, other("second", mapping(host_port=9))], kernel)
+    assert len(kernel.written) == 1
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_restore_forgets_flows(dry_run):
+    """UDP flows that began meanwhile lead elsewhere, and those of dead owners nowhere: forgotten, as in ADD."""
+    table = dict.fromkeys(elements(other("gone", mapping(host_port=8080), mapping(host_port=9))), "c/gone/eth0")
+    kernel = RecordingKernel(**holding(table, targets={"c/gone/eth0": pack("10.88.0.9")}, judge=dead,
+                                       record="netns=/run/netns/gone#5", local_addresses=pack("192.0.2.1")))
+    udp = other("web", mapping(host_port=8080), mapping(host_port=53, protocol="udp"))
+    assert restore([udp], kernel, dry_run) == ([udp], [])
+    calls = kernel.named("delete_flows")
+    assert [protocol for _, protocol, *_ in calls] == ([] if dry_run else [17, 6])
+    if not dry_run:
+        assert calls[0][3](flow("192.0.2.1", 53, "192.0.2.1"))
+        assert [calls[1][3](flow("192.0.2.1", port, "10.88.0.9")) for port in (8080, 9)] == [False, True]
+        order = [call[0] for call in kernel.calls]
+        assert order.index("delete_flows") > order.index("unlock")
 
 
 def test_restore_dry_run(kernel):

@@ -48,6 +48,9 @@ def _findings(text: str, plugin: str) -> Iterator[tuple[int, str, str]]:
     except json.JSONDecodeError as error:
         yield error.pos, "JSON", f"a JSON document ({error.msg})"
         return
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, or 100,000 lists in one another
+        yield 0, "JSON", f"values that can be read: {error}"
+        return
     if not isinstance(document, dict):
         yield 0, "JSON", "an object"
         return

@@ -21,6 +21,10 @@ NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS = 1, 2, 3
 NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA = 1, 2
 NFTA_COUNTER_PACKETS = 2
 NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MIN = 3, 5
+NFTA_DATA_VERDICT, NFTA_VERDICT_CODE = 2, 1
+NFT_REG_VERDICT = bytes(4)
+_VERDICTS = {code.to_bytes(4, "big", signed=True): name for code, name in {
+    0: "drop", 1: "accept", -3: "jump", -4: "goto", -5: "return"}.items()}  # NF_DROP, NF_ACCEPT, NFT_JUMP to NFT_RETURN
 NFT_CMP_EQ, NFT_CMP_LTE, NFT_CMP_GTE = 0, 3, 5
 _META = -1  # in place of a header
 _L4PROTO = (_META, 16)  # NFT_META_L4PROTO
@@ -90,16 +94,16 @@ class DnatRule:
             self.daddr = self.daddr or value
         elif where == _L4PROTO:
             self.protocol = value[0]
-        elif where == _DPORT:
+        elif where == _DPORT and len(value) == 2:
             if operator in (NFT_CMP_EQ, NFT_CMP_GTE):
                 self._lowest = _number(value)
             if operator in (NFT_CMP_EQ, NFT_CMP_LTE):
                 self._highest = _number(value)
 
     def _range(self, fields: dict[int, bytes]) -> None:
-        if self._loaded.get(fields[NFTA_RANGE_SREG]) == _DPORT:
-            self._lowest = _number(_value(fields[NFTA_RANGE_FROM_DATA]))
-            self._highest = _number(_value(fields[NFTA_RANGE_TO_DATA]))
+        first, last = _value(fields[NFTA_RANGE_FROM_DATA]), _value(fields[NFTA_RANGE_TO_DATA])
+        if self._loaded.get(fields[NFTA_RANGE_SREG]) == _DPORT and len(first) == len(last) == 2:
+            self._lowest, self._highest = _number(first), _number(last)
 
     def _lookup(self, fields: dict[int, bytes]) -> None:
         if self._loaded.get(fields[NFTA_LOOKUP_SREG]) == _DPORT and NFTA_LOOKUP_DREG in fields:
@@ -121,6 +125,23 @@ class DnatRule:
 _READERS = {"payload": DnatRule._payload, "meta": DnatRule._meta, "cmp": DnatRule._cmp, "range": DnatRule._range,
             "lookup": DnatRule._lookup, "immediate": DnatRule._immediate, "counter": DnatRule._counter,
             "nat": DnatRule._nat}
+
+
+def verdict_of(rule: object) -> str:
+    """How a rule of a snapshot (see Table.snapshot) ends a packet's way through its chain, "" where it does not."""
+    for name, *fields in rule[1:] if type(rule) is tuple else ():
+        if name in ("queue", "reject"):
+            return str(name)
+        if name == "immediate":
+            verdict = dict(attributes(dict(fields)[NFTA_IMMEDIATE_DATA])).get(NFTA_DATA_VERDICT, b"")
+            code = dict(attributes(verdict)).get(NFTA_VERDICT_CODE, b"")
+            if code in _VERDICTS:
+                return _VERDICTS[code]
+        if name == "lookup":
+            register = dict(fields).get(NFTA_LOOKUP_DREG) if type(fields[0]) is tuple else fields[-2]
+            if register == NFT_REG_VERDICT:
+                return "vmap"
+    return ""
 
 
 def _number(data: bytes) -> int:

@@ -122,9 +122,9 @@ class Table:
         return _handle(self._chain(chain) or {})
 
     def handles(self) -> dict[str, int]:
-        """The handle of each chain of the table."""
-        chains = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETCHAIN))
-        return {text(found[NFTA_CHAIN_NAME]): _handle(found) for found in chains
+        """The handle of each chain of the table that has a name of ours."""
+        chains, names = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETCHAIN)), _OwnNames()
+        return {names[found[NFTA_CHAIN_NAME]]: _handle(found) for found in chains
                 if found.get(NFTA_CHAIN_TABLE) == self._name.encode() + b"\0"}
 
     def references(self, chain: str) -> int:
@@ -135,10 +135,13 @@ class Table:
     # --- rules ---
 
     def rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
-        """Chain, comment ("" for none) and expressions (raw) of the rules of `chain`, or of the whole table."""
+        """Chain, comment ("" for none) and expressions (raw) of the rules of `chain`, or of the whole table.
+
+        The chain is "" where its name is not of our own grammar.
+        """
         body = NFGENMSG + named(NFTA_RULE_TABLE, self._name) + (named(NFTA_RULE_CHAIN, chain) if chain else b"")
-        rules = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body))
-        return [(text(found.get(NFTA_RULE_CHAIN, b"")), _comment(found.get(NFTA_RULE_USERDATA, b"")),
+        rules, names = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body)), _OwnNames()
+        return [(names[found.get(NFTA_RULE_CHAIN, b"")], _comment(found.get(NFTA_RULE_USERDATA, b"")),
                  found.get(NFTA_RULE_EXPRESSIONS, b"")) for found in rules]
 
     def comments(self, chain: str) -> list[str]:
@@ -199,20 +202,21 @@ class Table:
         return answer is not None
 
     def lookup(self, elements: "Iterable[Element]") -> "dict[Element, str]":
-        """The chain that each map element leads to; those that do not exist are left out."""
+        """The chain that each map element leads to, "" for one that is not ours; what does not exist is left out."""
         wanted = [*elements]
-        answers = self._ask(NFT_MSG_GETSETELEM, *(self._element(name, key) for name, key in wanted))
-        return {element: chain for element, answer in zip(wanted, answers, strict=True) if answer is not None
+        answers, names = self._ask(NFT_MSG_GETSETELEM, *(self._element(name, key) for name, key in wanted)), _OwnNames()
+        return {element: names[chain] for element, answer in zip(wanted, answers, strict=True) if answer is not None
                 for raw in _list_elements(answer) for _, chain in _verdict(raw)}
 
     def elements(self) -> "list[tuple[Element, str]]":
-        """All map elements, each with the chain that it leads to."""
-        return [((name, key), chain) for name in ruleset.MAPS for key, chain in self._verdicts(name)]
+        """All map elements, each with the chain that it leads to, "" for one that is not ours."""
+        names = _OwnNames()
+        return [((name, key), names[chain]) for name in ruleset.MAPS for key, chain in self._verdicts(name)]
 
     def owners_of_port(self, name: str, endings: "Iterable[bytes]") -> list[tuple[str, bytes]]:
         """Chain and ending of each element of a map whose key ends like one of `endings` (protocol and port)."""
-        wanted = frozenset(endings)
-        return [(chain, key[ruleset.PROTOCOL_AND_PORT]) for key, chain in self._verdicts(name)
+        wanted, names = frozenset(endings), _OwnNames()
+        return [(names[chain], key[ruleset.PROTOCOL_AND_PORT]) for key, chain in self._verdicts(name)
                 if key[ruleset.PROTOCOL_AND_PORT] in wanted]
 
     def set_elements(self, name: bytes) -> "list[tuple[bytes, bytes]]":
@@ -235,9 +239,12 @@ class Table:
             nested(NFTA_SET_ELEM_LIST_ELEMENTS,
                    nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))))
 
-    def _verdicts(self, name: str) -> "Iterator[tuple[bytes, str]]":
+    def _verdicts(self, name: str) -> "Iterator[tuple[bytes, bytes]]":
         for raw in self._raw_elements(name):
-            yield from _verdict(raw)
+            for key, chain in _verdict(raw):
+                if len(key) != ruleset.KEY_SIZES[name]:
+                    raise _reading_failed(OSError(EINVAL, "the map has another type"))
+                yield key, chain
 
     def _raw_elements(self, name: str) -> "Iterator[bytes]":
         body = NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name)
@@ -304,13 +311,22 @@ def _data(element: dict[int, bytes], kind: int) -> bytes:
     return dict(attributes(element.get(kind, b""))).get(NFTA_DATA_VALUE, b"")
 
 
-def _verdict(element: bytes) -> "Iterator[tuple[bytes, str]]":
+class _OwnNames(dict[bytes, str]):
+    """Names of chains as the kernel has them -> the same as text; "" for those that are not of our own grammar."""
+
+    def __missing__(self, raw: bytes) -> str:
+        name = text(raw)
+        self[raw] = name if ruleset.is_own_chain(name) else ""
+        return self[raw]
+
+
+def _verdict(element: bytes) -> "Iterator[tuple[bytes, bytes]]":
     """Key and chain of a verdict map's element; none for a catch-all element, which has no key."""
     found = dict(attributes(element))
     key = _data(found, NFTA_SET_ELEM_KEY)
     data = dict(attributes(found.get(NFTA_SET_ELEM_DATA, b"")))
     if key:
-        yield key, text(dict(attributes(data.get(NFTA_DATA_VERDICT, b""))).get(NFTA_VERDICT_CHAIN, b""))
+        yield key, dict(attributes(data.get(NFTA_DATA_VERDICT, b""))).get(NFTA_VERDICT_CHAIN, b"")
 
 
 def _comment(userdata: bytes) -> str:

@@ -1,9 +1,10 @@
 """ADD: publish the ports of an attachment."""
 from .. import ruleset
 from ..attachment import Attachment
-from ..cni import INVALID_CONFIG, INVALID_ENVIRONMENT, PORT_IN_USE, PORT_TAKEN, CniError
+from ..cni import INVALID_ENVIRONMENT, PORT_IN_USE, PORT_TAKEN, CniError
 from .steps import (PortTaken, Unjudged, attach, detach, interfaces_to_note, is_flush, judge, open_localhost,
-                    refuse_namesake, resolve_conflicts, share_on_link, shared_chains, survey, write_shared_chains)
+                    refuse_namesake, resolve_conflicts, share_on_link, shared_chains, survey, try_conditions,
+                    write_shared_chains)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
     Raises CniError(4) where its container has gone meanwhile, and CniError(101) where a port has an owner that lives,
     and still does after some seconds without the lock.
     """
-    _try_conditions(attachment, kernel)
+    try_conditions(attachment, kernel)
     judged: Judged = {}
     waited: dict[str, float] = {}  # by the owner's chain
     flushed = False
@@ -92,14 +93,6 @@ def _standby_chains(chain: str, attachment: Attachment, kernel: "Kernel") -> lis
     names = (ruleset.chain_of(attachment.container_id, ifname)
              for ifname in ruleset.standby_interfaces(kernel.comments(chain)))
     return [name for name in names if kernel.has_chain(name)]
-
-
-def _try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
-    """Let nft read the conditions, alone: the one free text of a configuration."""
-    for family, text in attachment.conditions.items():
-        problem = kernel.dry_run(ruleset.probe(family, text)) if text else ""
-        if problem:
-            raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text", problem)
 
 
 def _look_at(attachment: Attachment, kernel: "Kernel") -> None:

@@ -2,7 +2,8 @@
 from .. import ruleset
 from ..attachment import Attachment
 from ..cni import CHECK_FAILED, CniError
-from .steps import chains_of_container, missing_in_order, survey
+from ..linux.expressions import verdict_of
+from .steps import chains_of_container, missing_in_order, survey, try_conditions
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def check(attachment: Attachment, kernel: "Kernel") -> None:
 
     Raises CniError(104), naming the first piece that is missing or altered.
     """
+    try_conditions(attachment, kernel)
     chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
     attachment.inode = kernel.namespace(attachment.netns)
     wanted = ruleset.elements_of(attachment)
@@ -77,6 +79,13 @@ def _compare(name: str, texts: list[str], expected: "Sequence[object]", found: "
     index = missing_in_order(expected[1:], found[1:])
     if index is not None:
         raise CniError(CHECK_FAILED, f"chain {name}: a rule is missing or altered", texts[index])
+    rest = [*expected[1:]]
+    for place, rule in enumerate(found[1:], 1):
+        if rest and rule == rest[0]:
+            del rest[0]
+        elif verdict := verdict_of(rule):
+            raise CniError(CHECK_FAILED, f"chain {name}: rule {place} is foreign, and its verdict is {verdict}",
+                           f"see: nft -a list chain {ruleset.TABLE} {name}")
 
 
 def _check_owner(attachment: Attachment, owner: "Owner", kernel: "Kernel") -> None:

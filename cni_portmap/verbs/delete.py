@@ -47,23 +47,23 @@ def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] |
         delete_released_flows(owned, targets, kernel)
 
 
-def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel") -> None:
+def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel") -> "list[tuple[Owner, CniError]]":
     """Remove the chains of these owners, but not those that were rewritten since their `handles` were read.
 
-    Goes on after an error, one by one, and raises them all as one.
+    After an error it goes on one by one; returns those that could not be removed, each with the reason.
     """
     try:
         remove([owner.chain for owner in stale], kernel, handles)
-        return
+        return []
     except CniError as error:
         if error.code == TRY_AGAIN_LATER:
             raise
-        code = error.code
-    errors = []
+    refused = []
     for owner in stale:
         try:
             remove([owner.chain], kernel, handles)
         except CniError as error:
-            errors.append(f"{owner}: {error.msg}")
-    if errors:
-        raise CniError(code, f"{len(errors)} of {len(stale)} stale attachments could not be removed", "; ".join(errors))
+            if error.code == TRY_AGAIN_LATER:
+                raise
+            refused.append((owner, error))
+    return refused

@@ -1,4 +1,5 @@
 """GC: remove stale attachments, which the runtime does not list."""
+from ..cni import CniError
 from .delete import remove_each
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -7,7 +8,14 @@ if TYPE_CHECKING:
 
 
 def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
-    """Remove every attachment of `network` that is not among the `valid` (container ID, interface)."""
+    """Remove every attachment of `network` that is not among the `valid` (container ID, interface).
+
+    Goes on after an error, one by one, and raises them all as one.
+    """
     handles = kernel.handles()
-    remove_each([owner for owner in kernel.owners()
-            if owner.network == network and (owner.container_id, owner.ifname) not in valid], handles, kernel)
+    stale = [owner for owner in kernel.owners()
+             if owner.network == network and (owner.container_id, owner.ifname) not in valid]
+    refused = remove_each(stale, handles, kernel)
+    if refused:
+        raise CniError(refused[0][1].code, f"{len(refused)} of {len(stale)} stale attachments could not be removed",
+                       "; ".join(f"{owner}: {error.msg}" for owner, error in refused))

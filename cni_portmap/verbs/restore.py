@@ -13,6 +13,7 @@ from ..linux.alive import DEAD
 from ..linux.kernel import Kernel
 from ..linux.localhost import open_interfaces
 from .delete import remove_each
+from .flows import delete_flows_elsewhere, delete_released_flows
 from .steps import (Unjudged, attach, chains_of_container, detach, interfaces_to_note, judge, open_localhost,
                     resolve_conflicts, shared_chains, survey, write_shared_chains)
 
@@ -22,17 +23,19 @@ if TYPE_CHECKING:
     from .steps import Judged
 
 
-def prune(kernel: Kernel, dry_run: bool = False) -> list[tuple[ruleset.Owner, "Verdict"]]:
-    """Remove every attachment whose container is gone; what was found of each, also of those that stay.
+def prune(kernel: Kernel, dry_run: bool = False) \
+        -> tuple[list[tuple[ruleset.Owner, "Verdict"]], list[tuple[ruleset.Owner, CniError]]]:
+    """Remove every attachment whose container is gone, each by itself where not all of them can go.
 
+    Returns what was found of each, also of those that stay; and those that could not be removed, with the reason.
     `dry_run`: nothing is written.
     """
     handles = kernel.handles()
     owners = kernel.owners()
     verdicts = kernel.judge(owners)
-    if not dry_run:
-        remove_each([owner for owner in owners if verdicts[owner.chain][0] == DEAD], handles, kernel)
-    return [(owner, verdicts[owner.chain]) for owner in owners]
+    dead = [owner for owner in owners if verdicts[owner.chain][0] == DEAD]
+    refused = [] if dry_run else remove_each(dead, handles, kernel)
+    return [(owner, verdicts[owner.chain]) for owner in owners], refused
 
 
 def restore(attachments: Iterable[Attachment], kernel: Kernel, dry_run: bool = False,
@@ -40,17 +43,51 @@ def restore(attachments: Iterable[Attachment], kernel: Kernel, dry_run: bool = F
         -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
     """Publish again what of `attachments` the kernel has lost: the base, then all of them in one transaction.
 
-    Returns those that are published again, and those that cannot be, each with the reason. The first of two that
-    claim one port gets it. `dry_run`: nothing is written. `is_current`: asked under the lock whether an attachment has
-    not been deleted, or come back by itself, since it was read; one that has is passed over.
+    Where that is refused, each by itself: one that nft does not take keeps no other away. Returns those that are
+    published again, and those that cannot be, each with the reason. The first of two that claim one port gets it.
+    `dry_run`: nothing is written. `is_current`: asked under the lock whether an attachment has not been deleted, or
+    come back by itself, since it was read; one that has is passed over.
     """
     attachments = [*attachments]
     judged: Judged = {}
+    try:
+        return _restore_together(attachments, kernel, dry_run, is_current, judged)
+    except _Refused as why:
+        forgotten = why.forgotten
+    lost: list[Attachment] = []
+    refused: list[tuple[Attachment, CniError]] = []
+    for attachment in attachments:
+        try:
+            its_lost, its_refused = _restore_together([attachment], kernel, dry_run, is_current, judged, forgotten)
+            lost += its_lost
+            refused += its_refused
+        except _Refused as why:
+            refused.append((attachment, why.error))
+    return lost, refused
+
+
+class _Refused(Exception):
+    """The attachments, but not what they share, could not be written. `forgotten`: see `_restore`."""
+
+    def __init__(self, error: CniError, forgotten: bool) -> None:
+        super().__init__()
+        self.error, self.forgotten = error, forgotten
+
+
+def _restore_together(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
+                      is_current: Callable[[Attachment], bool], judged: "Judged", forgotten: bool = False) \
+        -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
     while True:
         try:
-            return _restore(attachments, kernel, dry_run, is_current, judged)
+            lost, refused, released, targets = _restore(attachments, kernel, dry_run, is_current, judged, forgotten)
+            break
         except Unjudged as unjudged:
             judge(unjudged.owners, judged, kernel)
+    if not dry_run:
+        for attachment in lost:
+            delete_flows_elsewhere(attachment, kernel)
+        delete_released_flows(released, targets, kernel)
+    return lost, refused
 
 
 class _Plan:
@@ -69,10 +106,15 @@ class _Plan:
 
 
 def _restore(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
-             is_current: Callable[[Attachment], bool], judged: "Judged") \
-        -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
-    for attachment in attachments:
-        survey(attachment, kernel)
+             is_current: Callable[[Attachment], bool], judged: "Judged", forgotten: bool) \
+        -> tuple[list[Attachment], list[tuple[Attachment, CniError]], list[tuple["Element", str]],
+                 dict[str, set[bytes]]]:
+    """What is restored, what is refused, and as in ADD: the elements that are released, and where those led.
+
+    `forgotten`: whether the table was gone until now, so that what is open had been opened by this plugin. Raises
+    _Refused where the attachments could not be written.
+    """
+    attachments, unreachable = _survey_each(attachments, kernel)
     texts = {id(attachment): ruleset.rules_text(attachment) for attachment in attachments}
     with kernel.lock():
         plan = _decide(attachments, kernel, is_current, judged)
@@ -80,10 +122,11 @@ def _restore(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
         lost_table = not kernel.has_table()
         exposed = open_interfaces() if lost_table else []  # who opened them the lost table said
         shared = shared_chains(needed, kernel) if needed or exposed else ""
-        notes = interfaces_to_note(needed, kernel, opened_by_us=lost_table)
+        notes = interfaces_to_note(needed, kernel, opened_by_us=forgotten or lost_table)
         shared += ruleset.note_interfaces({name: notes.get(name, ruleset.FOUND_OPEN) for name in exposed})
         replaced = [chain for chain in sorted(plan.to_remove) if kernel.has_chain(chain)]
-        text = detach(replaced, kernel.owned_elements(replaced), (), kernel)
+        owned, targets = kernel.owned_elements(replaced), kernel.targets(replaced)
+        text = detach(replaced, owned, (), kernel)
         lost = [attachment for chain, (attachment, _) in plan.asked.items() if chain in plan.to_rewrite]
         leads_to: dict[Element, str] = {}
         for attachment in lost:
@@ -95,15 +138,31 @@ def _restore(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
             text += attach(attachment, elsewhere, kernel, texts[id(attachment)])
             for element in own:
                 leads_to.setdefault(element, chain)
-        if dry_run:
-            return lost, plan.refused
-        if shared:
-            write_shared_chains(shared, kernel)
-        text += ruleset.note_interfaces(notes)
-        if text:
-            kernel.transact(text)
-        open_localhost(needed, kernel)
-    return lost, plan.refused
+        refused = [*unreachable, *plan.refused]
+        if not dry_run:
+            if shared:
+                write_shared_chains(shared, kernel)
+            try:
+                text += ruleset.note_interfaces(notes)
+                if text:
+                    kernel.transact(text)
+            except CniError as error:
+                raise _Refused(error, forgotten or lost_table) from None
+            open_localhost(needed, kernel)
+    return lost, refused, [item for item in owned if item[0] not in leads_to], targets
+
+
+def _survey_each(attachments: list[Attachment], kernel: Kernel) \
+        -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
+    """Survey attachments; those that can be published, and those that cannot, each with the reason."""
+    good, refused = [], []
+    for attachment in attachments:
+        try:
+            survey(attachment, kernel)
+            good.append(attachment)
+        except CniError as error:
+            refused.append((attachment, error))
+    return good, refused
 
 
 def _decide(attachments: list[Attachment], kernel: Kernel, is_current: Callable[[Attachment], bool],

@@ -4,7 +4,7 @@ Functions that return commands write nothing; a verb joins them to one transacti
 """
 from .. import ruleset
 from ..attachment import Attachment, Port
-from ..cni import FOREIGN_TABLE, IO_FAILURE, NFT_REFUSED, PORT_TAKEN, CniError, warn
+from ..cni import FOREIGN_TABLE, INVALID_CONFIG, IO_FAILURE, NFT_REFUSED, PORT_TAKEN, CniError, warn
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -17,10 +17,20 @@ if TYPE_CHECKING:
     Judged = dict[tuple[str, int], Verdict]  # by chain and handle
 
 
+def try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
+    """Let nft read the conditions, alone: the one free text of a configuration. Raises CniError(7)."""
+    for family, text in attachment.conditions.items():
+        protocols = sorted({port.protocol for port in attachment.ports if port.family == family})
+        problem = kernel.dry_run(ruleset.probe(family, text, protocols)) if text and protocols else ""
+        if problem:
+            raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text for "
+                           f"{' and '.join(protocols)} ports", problem)
+
+
 def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel") -> set[str]:
     """The chains among `chains` that belong to the attachment's container, on any interface."""
     own = ruleset.chain_of(attachment.container_id, attachment.ifname)
-    return {chain for chain in {*chains}
+    return {chain for chain in filter(ruleset.is_attachment_chain, {*chains})
             if chain == own or kernel.owner(chain).container_id == attachment.container_id}
 
 
@@ -73,7 +83,7 @@ def inheritance(chains: "list[str]", released: "Iterable[tuple[Element, str]]", 
         for ifname in ruleset.standby_interfaces(kernel.comments(chain)):
             heir = ruleset.chain_of(owner.container_id, ifname)
             if heir not in going and kernel.has_chain(heir):
-                heirs.append((heir, ifname, kernel.elements_wanted_by(heir)))
+                heirs.append((heir, ifname, _may_inherit(heir, kernel)))
         free = free_of.get(chain, [])
         for heir, ifname, wanted in heirs:
             its = [element for element in free if element in wanted]
@@ -83,6 +93,13 @@ def inheritance(chains: "list[str]", released: "Iterable[tuple[Element, str]]", 
                 notes += [(heir, other) for _, other, _ in heirs
                           if other != ifname and not _is_noted(heir, other, kernel)]
     return inherited, notes
+
+
+def _may_inherit(heir: str, kernel: "Kernel") -> "set[Element]":
+    """What of the elements that an heir wants it may have: not a port of every address in place of that of one."""
+    wanted = kernel.elements_wanted_by(heir)
+    has = {element for element, chain in kernel.lookup(wanted).items() if chain == heir}
+    return wanted - {ruleset.wildcard_of_element(element) for element in has if element[0] != ruleset.HOSTPORTS}
 
 
 def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
