@@ -35,8 +35,14 @@ _DADDR = {4: (1, 16), 16: (1, 24)}  # size: NFT_PAYLOAD_NETWORK_HEADER, offset
 def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
     """Name and attributes of each expression of a rule (enum nft_expr_attributes)."""
     for _, expression in attributes(raw):
-        found = dict(attributes(expression))
-        yield text(found.get(NFTA_EXPR_NAME, b"")), dict(attributes(found.get(NFTA_EXPR_DATA, b"")))
+        if expression not in _read:
+            found = dict(attributes(expression))
+            _read[expression] = \
+                text(found.get(NFTA_EXPR_NAME, b"")), dict(attributes(found.get(NFTA_EXPR_DATA, b"")))
+        yield _read[expression]
+
+
+_read: "dict[bytes, tuple[str, dict[int, bytes]]]" = {}  # the rules of a thousand ports differ in two expressions each
 
 
 def one_port_each(rule: "Expressions", elements: "Elements") -> "list[Expressions]":

@@ -186,12 +186,13 @@ class Table:
                         for rule in one_port_each([*expressions(raw)], self.set_elements))]
 
     def _comparable(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
-        from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
         if name == "counter":
             return (name,)
-        if name == "lookup" and found[NFTA_LOOKUP_SET].startswith(b"__"):
-            return (name, *sorted(self._raw_elements(text(found[NFTA_LOOKUP_SET]))),
-                    *(found.get(kind) for kind in (NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS)))
+        if name == "lookup":
+            from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
+            if found[NFTA_LOOKUP_SET].startswith(b"__"):
+                return (name, *sorted(self._raw_elements(text(found[NFTA_LOOKUP_SET]))),
+                        *(found.get(kind) for kind in (NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS)))
         return (name, *sorted(found.items()))
 
     # --- sets and maps ---

@@ -79,9 +79,10 @@ def inheritance(chains: "list[str]", released: "Iterable[tuple[Element, str]]", 
         free_of.setdefault(chain, []).append(element)
     going = frozenset(chains)
     for chain in chains:
-        owner, heirs = kernel.owner(chain), []
-        for ifname in ruleset.standby_interfaces(kernel.comments(chain)):
-            heir = ruleset.chain_of(owner.container_id, ifname)
+        standby, heirs = ruleset.standby_interfaces(kernel.comments(chain)), []
+        container_id = kernel.owner(chain).container_id if standby else ""
+        for ifname in standby:
+            heir = ruleset.chain_of(container_id, ifname)
             if heir not in going and kernel.has_chain(heir):
                 heirs.append((heir, ifname, _may_inherit(heir, kernel)))
         free = free_of.get(chain, [])
