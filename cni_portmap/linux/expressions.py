@@ -45,6 +45,17 @@ def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
 _read: "dict[bytes, tuple[str, dict[int, bytes]]]" = {}  # the rules of a thousand ports differ in two expressions each
 
 
+def target_of(raw: bytes) -> bytes:
+    """The address that a rule translates to, packed, b"" for none: `DnatRule.target`, ten times as quick."""
+    loaded: dict[bytes, bytes] = {}  # register -> what it is set to
+    for name, fields in expressions(raw):
+        if name == "immediate":
+            loaded[fields[NFTA_IMMEDIATE_DREG]] = fields[NFTA_IMMEDIATE_DATA]
+        elif name == "nat":
+            return _value(loaded.get(fields.get(NFTA_NAT_REG_ADDR_MIN, b""), b""))
+    return b""
+
+
 def one_port_each(rule: "Expressions", elements: "Elements") -> "list[Expressions]":
     """The rules that stand for one which maps many ports, as cni-portmap 0.1 wrote it; any other rule is itself."""
     if [name for name, _ in rule[-6:]] != ["lookup", "counter", "immediate", "payload", "lookup", "nat"]:

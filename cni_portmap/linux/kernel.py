@@ -198,6 +198,7 @@ class Kernel(Table):
         any more, or something of it is gone.
         """
         from .batch import removal, send
+        self._kept = None
         try:
             code, command = send(self._netlink(), removal(generation, chains, elements, inherited, notes, interfaces))
         except OSError as error:

@@ -41,6 +41,7 @@ class Table:
         self._name = name
         self._sockets: list[Socket] = []  # all that are open
         self._asked: Socket | None = None  # the one for questions
+        self._kept: dict[str, list[tuple[str, str, bytes]]] | None = None  # rules by chain, see `generation`
 
     # --- asking ---
 
@@ -77,7 +78,11 @@ class Table:
             raise _reading_failed(error) from None
 
     def generation(self) -> int:
-        """The number of the last transaction that changed the ruleset of this host; never 0."""
+        """The number of the last transaction that changed the ruleset of this host; never 0.
+
+        From here on the rules of a chain are read once, until `Kernel.remove`: where they have changed it is refused.
+        """
+        self._kept = {}
         answer, = self._ask(NFT_MSG_GETGEN, bytes(4))
         return int.from_bytes(dict(attributes(answer or b"", 4)).get(NFTA_GEN_ID, b""), "big")
 
@@ -139,6 +144,13 @@ class Table:
 
         The chain is "" where its name is not of our own grammar.
         """
+        if self._kept is None or not chain:
+            return self._read_rules(chain)
+        if chain not in self._kept:
+            self._kept[chain] = self._read_rules(chain)
+        return self._kept[chain]
+
+    def _read_rules(self, chain: str) -> list[tuple[str, str, bytes]]:
         body = NFGENMSG + named(NFTA_RULE_TABLE, self._name) + (named(NFTA_RULE_CHAIN, chain) if chain else b"")
         rules, names = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body)), _OwnNames()
         return [(names[found.get(NFTA_RULE_CHAIN, b"")], _comment(found.get(NFTA_RULE_USERDATA, b"")),
@@ -168,7 +180,11 @@ class Table:
 
     def targets(self, chains: "Iterable[str]") -> dict[str, set[bytes]]:
         """The container addresses, packed, that each chain translates to."""
-        return {chain: {rule.target for rule in self.dnat_rules(chain)} for chain in chains}
+        return {chain: self._targets(chain) for chain in chains}
+
+    def _targets(self, chain: str) -> set[bytes]:
+        from .expressions import target_of
+        return {target_of(raw) for _, _, raw in self.rules(chain)} - {b""}
 
     def snapshot(self, chain: str) -> "list[tuple[object, ...]]":
         """A chain in a form that can be compared with the same chain elsewhere: its hook, then each of its rules.
@@ -181,11 +197,11 @@ class Table:
         if found is None:
             return []
         hook = tuple(found.get(kind) for kind in (NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE))
-        return [hook, *((comment, *(self._comparable(name, fields) for name, fields in rule))
-                        for _, comment, raw in self.rules(chain)
+        return [hook, *((comment, *map(self._comparable, rule)) for _, comment, raw in self.rules(chain)
                         for rule in one_port_each([*expressions(raw)], self.set_elements))]
 
-    def _comparable(self, name: str, found: dict[int, bytes]) -> tuple[object, ...]:
+    def _comparable(self, expression: "tuple[str, dict[int, bytes]]") -> tuple[object, ...]:
+        name, found = expression
         if name == "counter":
             return (name,)
         if name == "lookup":
@@ -193,7 +209,7 @@ class Table:
             if found[NFTA_LOOKUP_SET].startswith(b"__"):
                 return (name, *sorted(self._raw_elements(text(found[NFTA_LOOKUP_SET]))),
                         *(found.get(kind) for kind in (NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS)))
-        return (name, *sorted(found.items()))
+        return expression
 
     # --- sets and maps ---
 
