@@ -38,7 +38,8 @@ class RecordingKernel:
                                        "judge": lambda owners: verdicts(owners, "alive"),
                                        "handle": lambda chain: HANDLE, "handles": {}, "is_dormant": False,
                                        "snapshot": [],
-                                       "references": 0, "dry_run": "", "port_in_use": False, "allow_localhost6": "",
+                                       "references": 0, "dry_run": "", "dry_run_apart": "",
+                                       "port_in_use": False, "allow_localhost6": "",
                                        "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
                                        "local_addresses": set(), "interface_to_open": "", "opened_and_gone": [],
                                        "notes_opened": True, "has_table": True}
