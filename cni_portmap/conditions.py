@@ -85,7 +85,7 @@ def _refuse_host_names(words: list[str], key: str) -> None:
                 part += 1
             elif token in _OPERATORS:
                 part = part if token == "}" else 0
-            elif name in _ADDRESSES:
+            elif name in _ADDRESSES and (last in _BEGIN or last in ("original", "reply")):
                 kinds[-1:] = [first not in _NO_ADDRESSES]
             elif last in ("meta", "ct") or (last in _BEGIN and '"' not in token and name not in _BEGIN
                                             and not _is_address(token)):

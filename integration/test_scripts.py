@@ -29,7 +29,7 @@ def checkout():
 
 
 @pytest.mark.parametrize("name", POOR)
-@pytest.mark.parametrize("script", ["demo", "test integration", "bench --quick process"])
+@pytest.mark.parametrize("script", ["demo", "test integration", "test faults", "bench --quick process"])
 def test_poor_environment(checkout, script, name):
     """Nothing is tried that cannot work."""
     wrapped, says = POOR[name]

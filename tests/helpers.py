@@ -40,7 +40,8 @@ class RecordingKernel:
                                        "judge": lambda owners: verdicts(owners, "alive"),
                                        "handle": lambda chain: HANDLE, "handles": {}, "is_dormant": False,
                                        "snapshot": [],
-                                       "references": 0, "dry_run": "", "port_in_use": False, "allow_localhost6": "",
+                                       "references": 0, "dry_run": "", "dry_run_apart": "",
+                                       "port_in_use": False, "allow_localhost6": "",
                                        "way_to": ("cni0", True, []), "localhost_obstacle": "", "localnet": True,
                                        "is_noted": True, "has_localhost6": True,
                                        "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time

@@ -356,7 +356,8 @@ def test_conditions_with_letters(text):
     "ip saddr & 255.0.0.0 == shop", "ip saddr shop tcp dport 80", "ip6 daddr shop", "ct original ip saddr shop",
     "ct reply saddr shop", "rt ip nexthop shop", "igmp group shop", "ip saddr . tcp dport { shop . 80 }",
     "tcp dport . ip saddr { 80 . shop }", "ip saddr . meta mark { shop . 1 }", "ip saddr . ip daddr 10.0.0.1 . shop",
-    "ip saddr 10.0.0.300", "ip saddr arp", "ip saddr { ether }", "IP SADDR shop", "-s shop", "! -d shop",
+    "ip saddr 10.0.0.300", "ip saddr arp", "ip saddr { ether }", "IP SADDR shop", "ip saddr daddr",
+    "ip saddr { daddr }", "ip saddr . tcp dport { saddr . 80 }", "-s shop", "! -d shop",
     "-s 10.0.0.1,shop"])
 def test_conditions_with_host_names(text):
     """A host name would make ADD ask DNS, and the rule depend on its answer of that moment."""

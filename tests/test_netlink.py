@@ -501,16 +501,19 @@ def test_removal_of_every_port(wire, denied):
 def test_generation(wire):
     """The number of the last transaction; what is read after it is read once, until something is removed."""
     generation = message(0xa0f, bytes(4) + attribute(1, bytes((0, 1, 0, 2))))
-    rules = [message(6, rule(name, b"", b"raw!"), MULTI) + DONE_MESSAGE for name in "abaa"]
+    rules = [message(6, rule(f"c/{name}/eth0", b"", b"raw!"), MULTI) + DONE_MESSAGE
+             for name in "abaa"]
     there = wire(generation, rules[0], rules[1], error(85, 4), *rules[2:], generation, rules[0])
     kernel = Kernel()
     assert kernel.generation() == 65538
     assert there.sent == [(0xa10, 1, bytes(4))]
-    assert [kernel.rules(chain)[0][0] for chain in "abab"] == ["a", "b", "a", "b"] and len(there.sent) == 3
-    assert not kernel.remove(65538, ["a"], [], {}, [], [])
+    first, second = "c/a/eth0", "c/b/eth0"
+    asked = [first, second, first, second]
+    assert [kernel.rules(chain)[0][0] for chain in asked] == asked and len(there.sent) == 3
+    assert not kernel.remove(65538, [first], [], {}, [], [])
     for _ in range(2):
-        assert kernel.rules("a")[0][0] == "a"
-    assert kernel.generation() == 65538 and kernel.rules("a") and there.datagrams == []
+        assert kernel.rules(first)[0][0] == first
+    assert kernel.generation() == 65538 and kernel.rules(first) and there.datagrams == []
 
 
 # --- netlink, addresses, links ---------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_add():
     kernel = RecordingKernel(**INTACT)
     assert add(kernel) is None
     assert kernel.written == [ruleset.attach(WEB)]
-    assert not kernel.named("owners", "snapshot", "dry_run", "port_in_use", "owner")
+    assert not kernel.named("owners", "snapshot", "dry_run_apart", "port_in_use", "owner")
 
 
 def test_old_libnftables():
@@ -98,7 +98,7 @@ def test_add_order():
     add(kernel, mapping(protocol="udp"), conditionsV4=["ip saddr 10.0.0.1"])
     order = [call[0] for call in kernel.calls]
     lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
-    assert set(order[:lock]) == {"namespace", "link", "dry_run", "way_to", "localhost_obstacle"}
+    assert set(order[:lock]) == {"namespace", "link", "dry_run_apart", "way_to", "localhost_obstacle"}
     assert order[transact + 1:unlock] == ["localnet", "set_localnet", "allow_localhost6"]
     assert set(order[unlock + 1:]) == {"delete_flows"}
     assert {"is_noted", "lookup", "comments"} <= set(order[lock:transact])
@@ -127,8 +127,8 @@ def test_conditions(keys, texts):
     """Conditions are tried alone, in a dry run; what nft doesn't take is code 7 before anything is written."""
     kernel = RecordingKernel()
     assert add(kernel, **keys) is None
-    assert [text for _, text in kernel.named("dry_run")] == texts
-    kernel = RecordingKernel(dry_run="syntax error")
+    assert [text for _, text in kernel.named("dry_run_apart")] == texts
+    kernel = RecordingKernel(dry_run_apart="syntax error")
     error = add(kernel, **keys)
     assert (error.code, error.details) == (7, "syntax error") if texts else error is None
     assert bool(kernel.written) != bool(texts)
@@ -139,7 +139,7 @@ def test_conditions_are_tried_with_each_protocol():
     kernel = RecordingKernel(**INTACT)
     assert add(kernel, PORT, mapping(protocol="udp"), {**PORT, "hostIP": "::1", "protocol": "sctp"},
                conditionsV4=["tcp sport 1024-65535"]) is None
-    (_, text), = kernel.named("dry_run")
+    (_, text), = kernel.named("dry_run_apart")
     rule = "meta nfproto ipv4 tcp sport 1024-65535"
     assert text.splitlines()[2:] == [f"{rule} tcp dport 1", f"{rule} udp dport 1", "}"]
 
@@ -869,7 +869,7 @@ def test_check_judges_the_owner(record, answers, word):
 
 def test_check_tries_conditions():
     """What nft does not take is code 7, as for ADD: the configuration has changed since."""
-    kernel, empty, _ = intact(dry_run="conflicting protocols")
+    kernel, empty, _ = intact(dry_run_apart="conflicting protocols")
     with pytest.raises(cni.CniError) as caught:
         check_attachment(attachment(PORT, conditionsV4=["udp sport 1"]), kernel)
     assert caught.value.code == 7 and empty.written == []

@@ -218,6 +218,29 @@ class Kernel(Table):
         """The reason nft or the kernel would reject the commands, "" for none. Writes nothing."""
         return self._libnftables().run(text, dry=True)
 
+    def dry_run_apart(self, text: str) -> str:
+        """`dry_run` of words that somebody else wrote, by a child: on some of them libnftables aborts the process."""
+        nft = self._libnftables()
+        read_end, write_end = posix.pipe()
+        try:
+            pid = posix.fork()
+        except OSError as error:
+            raise system_error("cannot fork to try the conditions", error) from None
+        if not pid:
+            try:
+                posix.dup2(2, 1)  # the answer to the runtime is the parent's
+                posix.write(write_end, nft.run(text, dry=True).encode(errors="replace")[:4096])
+                posix._exit(0)
+            finally:
+                posix._exit(1)
+        posix.close(write_end)
+        problem = b""
+        while chunk := posix.read(read_end, 4096):
+            problem += chunk
+        posix.close(read_end)
+        _, status = posix.waitpid(pid, 0)
+        return problem.decode(errors="replace") if not status else "libnftables aborted on this text; see stderr"
+
     def _libnftables(self) -> "Libnftables":
         if self._nft is None:
             from .libnftables import Libnftables

@@ -15,7 +15,7 @@ SIZES = {4: 4, 6: 16}  # bytes of an address
 
 
 class Published(NamedTuple):
-    """One rule of a container: host ports that lead to container ports, as many and in the same order.
+    """Host ports that lead to container ports, as many and in the same order: a rule, or rules for consecutive ports.
 
     `connections`: the number of connections through it so far; None if the rule is missing. `owner`: "alive", "dead",
     or "unknown". `pod`: the container's name for people, "" if no runtime sent one.
@@ -65,7 +65,26 @@ def published(kernel: Kernel) -> list[Published]:
                                hosts, _text(rule.target) if rule else "", tuple(ports[host] for host in hosts),
                                owner.network, owner.container_id, owner.ifname, rule.packets if rule else None,
                                state, owner.netns, owner.pod))
-    return sorted(lines, key=lambda line: (line.host_ports[0], line.protocol, line.family, line.host_ip))
+    return _joined(sorted(lines, key=lambda line: (line.host_ports[0], line.protocol, line.family, line.host_ip)))
+
+
+def _joined(lines: list[Published]) -> list[Published]:
+    """Lines by host port; rules of consecutive ports that are shifted alike are one line, as people mean them."""
+    joined: list[Published] = []
+    last: dict[tuple[object, ...], int] = {}  # where the line is that another of the same container may go on
+    for line in lines:
+        shift = line.container_ports[0] - line.host_ports[0]
+        key = line._replace(host_ports=(), container_ports=(), connections=0), shift
+        at = last.get(key)
+        if at is not None and shift and line.connections is not None and \
+                joined[at].host_ports[-1] + 1 == line.host_ports[0]:
+            joined[at] = joined[at]._replace(host_ports=joined[at].host_ports + line.host_ports,
+                                             container_ports=joined[at].container_ports + line.container_ports,
+                                             connections=(joined[at].connections or 0) + line.connections)
+        else:
+            last[key] = len(joined)
+            joined.append(line)
+    return joined
 
 
 def _text(address: bytes) -> str:

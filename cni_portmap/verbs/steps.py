@@ -21,7 +21,7 @@ def try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
     """Let nft read the conditions, alone: the one free text of a configuration. Raises CniError(7)."""
     for family, text in attachment.conditions.items():
         protocols = sorted({port.protocol for port in attachment.ports if port.family == family})
-        problem = kernel.dry_run(ruleset.probe(family, text, protocols)) if text and protocols else ""
+        problem = kernel.dry_run_apart(ruleset.probe(family, text, protocols)) if text and protocols else ""
         if problem:
             raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text for "
                            f"{' and '.join(protocols)} ports", problem)

@@ -13,7 +13,8 @@ in every test: the names below are all there are. Nothing here is a test, and no
     servers     servers and clients                     paths, site   every path to a port, and the machines for it
     packets     packets made by hand                    soak          what grows when thousands come and go
     conntrack   the flows that the host tracks          machine, cri  for podman, containerd and others
-    runtime     libcni, as a runtime uses it
+    runtime     libcni, as a runtime uses it            attack        attempts at random, of every kind of fault
+                                                        poison        chains and rules that nft would not write
 """
 from .calls import (
     LOCK,
