@@ -299,7 +299,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
     except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
         return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))
-    except MemoryError:
+    except (MemoryError, SystemError):  # the second is what the interpreter makes of the first, in some places
         return 1, _error_document(CniError(IO_FAILURE, "there is not enough memory",
                                            "the limits of the runtime, or of the host, do not let the plugin work"))
     except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback

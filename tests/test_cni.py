@@ -235,6 +235,15 @@ def test_failing_handler():
     assert (status, found["code"], found["cniVersion"]) == (1, 99, "0.4.0") and "test_cni.py" in found["details"]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")])
+def test_too_little_memory(error):
+    """It is the system's fault, not the plugin's."""
+    def fail(request):
+        raise error
+    status, document = cni.respond({"ADD": fail}, {"CNI_COMMAND": "ADD", **VARIABLES}, lambda: b"{}")
+    assert (status, json.loads(document)["code"]) == (1, 5) and "memory" in document
+
+
 # --- results --------------------------------------------------------------------------------------------------
 
 RESULTS = {

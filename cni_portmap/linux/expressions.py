@@ -149,13 +149,14 @@ def verdict_of(rule: object) -> str:
     for name, *fields in rule[1:] if type(rule) is tuple else ():
         if name in ("queue", "reject"):
             return str(name)
+        given = fields[0] if fields and type(fields[0]) is dict else {}
         if name == "immediate":
-            verdict = dict(attributes(dict(fields)[NFTA_IMMEDIATE_DATA])).get(NFTA_DATA_VERDICT, b"")
+            verdict = dict(attributes(given.get(NFTA_IMMEDIATE_DATA, b""))).get(NFTA_DATA_VERDICT, b"")
             code = dict(attributes(verdict)).get(NFTA_VERDICT_CODE, b"")
             if code in _VERDICTS:
                 return _VERDICTS[code]
         if name == "lookup":
-            register = dict(fields).get(NFTA_LOOKUP_DREG) if type(fields[0]) is tuple else fields[-2]
+            register = given.get(NFTA_LOOKUP_DREG) if given else fields[-2]
             if register == NFT_REG_VERDICT:
                 return "vmap"
     return ""
