@@ -885,7 +885,7 @@ def test_check_foreign_rules():
 
 def test_check_foreign_verdicts():
     """One that ends a packet's way is named, wherever it stands in a chain of ours."""
-    verdict = ("", ("immediate", (1, bytes(4)), (2, b"\x0c\0\2\0" + b"\x08\0\1\0" + b"\0\0\0\1")))
+    verdict = ("", ("immediate", {1: bytes(4), 2: b"\x0c\0\2\0" + b"\x08\0\1\0" + b"\0\0\0\1"}))
     for name in CHAINS:
         kernel, _, snapshot = intact()
         kernel.answers["snapshot"] = lambda chain, name=name, snapshot=snapshot: [
