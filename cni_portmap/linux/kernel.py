@@ -212,6 +212,9 @@ class Kernel(Table):
         if "Operation not permitted" in problem:
             hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
                 HINTS[EPERM]
+        elif "Message too long" in problem:
+            hint = "too many ports with another number for this system; publish them under their own, or raise " \
+                "net.core.wmem_max"
         return CniError(NFT_REFUSED, f"nftables rejected the transaction: {problem}", hint)
 
     def dry_run(self, text: str) -> str:

@@ -192,7 +192,9 @@ def survey(attachment: Attachment, kernel: "Kernel", quiet: bool = False) -> Non
             raise CniError(IO_FAILURE, f"cannot publish on {host}: {obstacle}",
                            "run it as root, where /proc/sys is writable; or publish on another address")
         warn(f"cannot publish on {host}: {obstacle}")
-        left_alone.add(family)
+        if not any(port.host_ip.startswith("127.") or port.host_ip == "::1" for port in attachment.ports
+                   if port.family == family):  # else somebody wants it: from other sources than localhost it may work
+            left_alone.add(family)
     attachment.on_link, attachment.left_alone = tuple(on_link), frozenset(left_alone)
 
 

@@ -114,6 +114,6 @@ def wanted(path: Path, setting: Setting) -> str:
 
 def expected(path: Path, setting: Setting, family: int) -> str:
     """Whom the container sees, as far as Linux can do it."""
-    if (family, path.to) == (6, "localhost") and setting.br_netfilter:
+    if (family, path.to, path.source) == (6, "localhost", "") and setting.br_netfilter:
         return NOBODY  # the bridge itself makes the reply's destination ::1 again, and IPv6 takes none from a wire
     return wanted(path, setting)

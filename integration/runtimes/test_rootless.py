@@ -90,12 +90,21 @@ def test_a_container_answers_its_user(rootless):
         slirp.remove()
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["to themselves", "to others"])
-def test_many_ports(rootless, shift):
-    """A thousand ports in one ADD, where socket buffers cannot be raised; they lead"""
-    ports = [{"hostPort": port, "containerPort": port + shift, "protocol": "tcp"} for port in range(10000, 11000)]
+@pytest.mark.parametrize(("shift", "number"), [(0, 1000), (1, 200)], ids=["to themselves", "to others"])
+def test_many_ports(rootless, shift, number):
+    """Many ports in one ADD, where socket buffers cannot be raised; they lead"""
+    ports = [{"hostPort": port, "containerPort": port + shift, "protocol": "tcp"}
+             for port in range(11000 - number, 11000)]
     rootless.add(ports)
     with lab.Server("box", rootless.box, 10999 + shift):
         assert lab.exchange(rootless.host, "127.0.0.1", 10999)
     rootless.delete(ports)
+    assert "c/" not in rootless.table()
+
+
+def test_too_many_shifted_ports_are_refused_with_advice(rootless):
+    """Each has a rule, and a thousand do not fit into a socket buffer that cannot be raised."""
+    ports = [{"hostPort": port, "containerPort": port + 1, "protocol": "tcp"} for port in range(10000, 11000)]
+    with pytest.raises(lab.CniFailed, match=r"net\.core\.wmem_max"):
+        rootless.add(ports)
     assert "c/" not in rootless.table()
