@@ -138,7 +138,8 @@ def test_a_dry_run_apart_survives_what_nft_does_not(monkeypatch, run, says):
 @pytest.fixture
 def nsfs(monkeypatch, tmp_path):
     """A folder whose files are taken for namespaces."""
-    own = os.stat(tmp_path)
+    (tmp_path / "own").touch()  # a file: an overlay gives folders another device
+    own = os.stat(tmp_path / "own")
     fake = types.SimpleNamespace(**{name: getattr(kernel.posix, name) for name in dir(kernel.posix) if name != "stat"},
                                  stat=lambda path: own if path == "/proc/self/ns/net" else os.stat(path))
     monkeypatch.setattr(kernel, "posix", fake)
