@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from socket import AF_INET, if_indextoname, if_nametoindex, inet_ntop
 from typing import NamedTuple
 
+from ..ruleset import OPENED
 from .expressions import DnatRule, expressions
 from .kernel import LOCALHOST_METRIC, Kernel
-from ..ruleset import OPENED
 from .netlink import delete_local_route, interface_to, local_routes, prefixes_of
 from .table import translations
 

@@ -192,7 +192,7 @@ def survey(attachment: Attachment, kernel: "Kernel", quiet: bool = False) -> Non
             raise CniError(IO_FAILURE, f"cannot publish on {host}: {obstacle}",
                            "run it as root, where /proc/sys is writable; or publish on another address")
         warn(f"cannot publish on {host}: {obstacle}")
-        if not any(port.host_ip.startswith("127.") or port.host_ip == "::1" for port in attachment.ports
+        if not any(_is_localhost(port.host_ip) for port in attachment.ports
                    if port.family == family):  # else somebody wants it: from other sources than localhost it may work
             left_alone.add(family)
     attachment.on_link, attachment.left_alone = tuple(on_link), frozenset(left_alone)
@@ -201,7 +201,11 @@ def survey(attachment: Attachment, kernel: "Kernel", quiet: bool = False) -> Non
 def publishes_on_localhost(attachment: Attachment, family: int) -> bool:
     """Whether an attachment publishes ports on this host's localhost, alone or with all addresses."""
     ips = {port.host_ip for port in attachment.ports if port.family == family}
-    return any(not ip or ip == "::1" or ip.startswith("127.") for ip in ips)
+    return any(not ip or _is_localhost(ip) for ip in ips)
+
+
+def _is_localhost(ip: str) -> bool:
+    return ip == "::1" or ip.startswith("127.")
 
 
 def interfaces_to_note(attachments: "Iterable[Attachment]", kernel: "Kernel", opened_by_us: bool = False) \
