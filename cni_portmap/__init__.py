@@ -8,12 +8,14 @@ A drop-in replacement for the reference `portmap` plugin. Which room for which c
 - what a person types: `cli/`; libcni's cache: `libcni_cache`; the messages for bad input: `explain`
 - what starts: `plugin` (the CNI plugin), `cli.main` (the command)
 """
-__version__ = "0.1.1"
+__version__ = "0.2.0"
 
 
 def see_packages() -> None:
     """Let imports find the distribution's packages, which `python3 -S` leaves out of the path."""
     import sys
+    if hasattr(sys, "frozen"):  # the bundle has its own
+        return
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for folder in ("/usr/lib/python3/dist-packages", f"/usr/lib/{version}/site-packages",  # Debian; Fedora
                    f"/usr/lib64/{version}/site-packages"):

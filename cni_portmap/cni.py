@@ -156,6 +156,17 @@ def members(text: str) -> dict[str, tuple[object, str]]:
     return found
 
 
+def decode(text: str) -> object:
+    """Any JSON document, of a file. Raises ValueError."""
+    try:
+        value, end = _scan(text, _skip(text, 0))
+    except (StopIteration, SystemError, RecursionError):  # the second: see `members`
+        raise ValueError("it is not JSON") from None
+    if _skip(text, end) != len(text):
+        raise ValueError("it is not JSON: more text follows")
+    return value
+
+
 def as_go_reads(found: "dict[str, _T]", keys: "Collection[str]") -> "dict[str, _T]":
     """The members of an object, those whose key is one of `keys` in another case under that key.
 
@@ -300,8 +311,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
         return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))
     except (MemoryError, SystemError):  # the second is what the interpreter makes of the first, in some places
-        return 1, _error_document(CniError(IO_FAILURE, "there is not enough memory",
-                                           "the limits of the runtime, or of the host, do not let the plugin work"))
+        return 1, _no_memory()
     except BaseException as error:  # ours to mend: the runtime still gets its one document, and no traceback
         frame = error.__traceback__
         while frame and frame.tb_next:
@@ -326,8 +336,14 @@ def _error_document(error: CniError) -> str:
            f'"details":{quote(error.details)}}}'
 
 
+def _no_memory() -> str:
+    return _error_document(CniError(IO_FAILURE, "there is not enough memory",
+                                    "the limits of the runtime, or of the host, do not let the plugin work"))
+
+
 # --- the process ----------------------------------------------------------------------------------------------
 
+PROCESS_NAME = "cni-portmap/"  # begins the name of each process of ours
 STDIN_MAX = 32 << 20  # bytes; 65,535 mappings are 5 MB
 _warnings: list[str] = []
 
@@ -344,6 +360,22 @@ def tell() -> None:
         _write(2, f"cni-portmap: {_warnings.pop(0)}\n")
 
 
+def name_process(verb: str) -> None:
+    """Name this process `cni-portmap/<verb>`, of which the kernel keeps 15 bytes (TASK_COMM_LEN).
+
+    The kernel tells each listener who made a transaction by that name (NFTA_GEN_PROC_NAME): so the agent knows ours,
+    whatever file or interpreter they were started from.
+    """
+    try:
+        fd = posix.open("/proc/self/comm", posix.O_WRONLY | posix.O_CLOEXEC)
+        try:
+            posix.write(fd, f"{PROCESS_NAME}{verb}".encode())
+        finally:
+            posix.close(fd)
+    except OSError:  # no /proc: nobody knows us, and all else works
+        pass
+
+
 def serve(handlers: "Mapping[str, Callable[[Request], str | None]]", about: str) -> int:
     """Answer the runtime that started this process; returns the exit status."""
     environ = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in posix.environ.items()
@@ -352,10 +384,17 @@ def serve(handlers: "Mapping[str, Callable[[Request], str | None]]", about: str)
         _write(2, f"{about}\nCNI versions: {', '.join(VERSIONS)}\n")
         return 0
     _answering["process"] = "plugin"
-    status, document = respond(handlers, environ, _read_stdin)
-    if document and not _write(1, document + "\n"):
-        return IO_FAILURE
-    return status
+    if environ["CNI_COMMAND"] in VERBS:
+        name_process(environ["CNI_COMMAND"])
+    no_memory = f"{_no_memory()}\n".encode()  # while there is some
+    try:
+        status, document = respond(handlers, environ, _read_stdin)
+        if document and not _write(1, document + "\n"):
+            return IO_FAILURE
+        return status
+    except (MemoryError, SystemError):  # there was none left to answer with
+        posix.write(1, no_memory)
+        return 1
 
 
 def give_up(error: CniError) -> None:

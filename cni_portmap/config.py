@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from .attachment import Exposure
+    from .exposure import Policy
+
 
 def _text(value: object, key: str) -> str:
     if type(value) is not str:
@@ -59,6 +62,11 @@ def _conditions(value: object, key: str) -> str:
     return parse_conditions(words, key)
 
 
+def _exposure(value: object, key: str) -> object:
+    from .exposure import read
+    return read(value, key)
+
+
 def _network(value: object, key: str) -> str:
     if type(value) is not str or not is_name(value):
         raise ConfigError(key)
@@ -77,7 +85,15 @@ KEYS: "dict[str, tuple[Callable[[object, str], Any], Any]]" = {
     "hostPortInUse": (_port_in_use, False),
     "conditionsV4": (_conditions, ""),
     "conditionsV6": (_conditions, ""),
+    "gatewayModeV4": (_exposure, ""),
+    "gatewayModeV6": (_exposure, ""),
+    "allowDirectRouting": (_exposure, False),
+    "trustedHostInterfaces": (_exposure, ()),
+    "defaultHostIP": (_exposure, ()),
+    "outgoingSourceV4": (_exposure, ""),
+    "outgoingSourceV6": (_exposure, ""),
 }
+EVERY_ADDRESS = ((4, ""), (6, ""))  # family and host address
 
 
 def parse(request: Request) -> Attachment:
@@ -91,8 +107,12 @@ def parse(request: Request) -> Attachment:
     given = {key: default if config.get(key) is None else read(config[key], key)
              for key, (read, default) in KEYS.items()}
     _warn_of_mark_chain(given)
-    wanted = _mappings(config)
-    addresses, prefixes, links = _addresses(config, request.ifname, bool(wanted))
+    policy = _policy(given)
+    wanted = parse_mappings(_runtime_mappings(config), MAPPINGS, policy)
+    found, links = _addresses(config, request.ifname, bool(wanted or policy))
+    addresses: dict[int, Address] = {}
+    for address in found:
+        addresses.setdefault(address.family, address)
     if request.verb in ("ADD", "CHECK"):
         if not request.prev_result:
             raise CniError(INVALID_CONFIG, "prevResult: missing", "the plugin must follow one that connects the "
@@ -102,15 +122,21 @@ def parse(request: Request) -> Attachment:
         else:
             _warn_of_skipped(wanted, addresses)
     ports = tuple(port for port in wanted if port.family in addresses)
+    exposure: tuple[Exposure, ...] = ()
+    if policy:
+        exposure = policy.exposure(found, ports)
+        ports = tuple(port for port in ports if policy.publishes(port.family))
+        addresses = {family: address for family, address in addresses.items() if policy.publishes(family)}
     mark_bit = DEFAULT_MARK_BIT if given["markMasqBit"] is None else given["markMasqBit"]
     return Attachment(
         request.container_id, request.ifname, network, netns=request.netns, addresses=addresses, ports=ports,
-        mark_bit=mark_bit if given["snat"] else None,
+        mark_bit=mark_bit if given["snat"] and (ports or not policy) else None,
         masq_all=given["masqAll"],
         conditions={4: given["conditionsV4"], 6: given["conditionsV6"]},
         localhost6=given["localhostIPv6"],
         refuse_port_in_use=given["hostPortInUse"],
-        pod=_pod(request.args) if ports else "", links=links, prefixes=prefixes)
+        pod=_pod(request.args) if ports or exposure else "", links=links,
+        prefixes=tuple(dict.fromkeys(address.network for address in found)), exposure=exposure)
 
 
 def _warn_of_mark_chain(given: "dict[str, Any]") -> None:
@@ -119,6 +145,43 @@ def _warn_of_mark_chain(given: "dict[str, Any]") -> None:
         if given["markMasqBit"] is not None:
             raise ConfigError("externalSetMarkChain", "markMasqBit or externalSetMarkChain, not both")
         warn(f"ignoring externalSetMarkChain {chain!r}: cni-portmap does its own masquerading")
+
+
+def _policy(given: "dict[str, Any]") -> "Policy | None":
+    """The keys of exposure together; None for none. Raises ConfigError where they contradict each other."""
+    if not any(given[key] for key in KEYS if KEYS[key][0] is _exposure):
+        return None
+    from .exposure import Policy
+    return Policy(given)
+
+
+def exposure_keys() -> list[str]:
+    """The keys of exposure."""
+    return [key for key, (read, _) in KEYS.items() if read is _exposure]
+
+
+def is_consistent(config: dict[str, object]) -> bool:
+    """True where values that are valid each by itself are valid together: what the schema cannot say.
+
+    Else raises ConfigError, with a reason.
+    """
+    try:
+        given = {key: default if config.get(key) is None else read(config[key], key)
+                 for key, (read, default) in KEYS.items() if read is _exposure}
+        policy = _policy({**given, "conditionsV4": _valid_conditions(config, "conditionsV4"),
+                          "conditionsV6": _valid_conditions(config, "conditionsV6")})
+        parse_mappings(_runtime_mappings(config), MAPPINGS, policy)
+    except ConfigError as error:
+        if error.reason:
+            raise
+    return True
+
+
+def _valid_conditions(config: dict[str, object], key: str) -> str:
+    try:
+        return _conditions(config.get(key), key)
+    except ConfigError:  # it is not valid by itself
+        return ""
 
 
 def parse_valid_attachments(request: Request) -> tuple[str, set[tuple[str, str]] | None]:
@@ -159,9 +222,8 @@ def _list(value: object, path: str) -> list[object]:
     return value
 
 
-def _addresses(config: dict[str, object], ifname: str, needed: bool) \
-        -> tuple[dict[int, Address], tuple[str, ...], tuple[str, ...]]:
-    """The container's first IPv4 and first IPv6 address on `ifname`, or on no interface in particular; all prefixes.
+def _addresses(config: dict[str, object], ifname: str, needed: bool) -> tuple[list[Address], tuple[str, ...]]:
+    """The container's addresses on `ifname`, or on no interface in particular.
 
     And the interfaces in no sandbox, by their names: the host's end of the container's link, a bridge. `needed`:
     whether an address there that no container can have is refused.
@@ -179,8 +241,7 @@ def _addresses(config: dict[str, object], ifname: str, needed: bool) \
         sandboxed.append(name == ifname and sandbox != "")
         if not sandbox and name != ifname and is_ifname(name):
             links.append(name)
-    found: dict[int, Address] = {}
-    prefixes: dict[str, None] = {}
+    found: list[Address] = []
     for index, item in enumerate(_list(result.get("ips"), "prevResult.ips")):
         path = f"prevResult.ips[{index}]"
         entry = _object(item, path)
@@ -190,17 +251,15 @@ def _addresses(config: dict[str, object], ifname: str, needed: bool) \
         if not 0 <= at < len(sandboxed) or sandboxed[at]:
             if needed:
                 _refuse_unreachable(address, f"{path}.address")
-            found.setdefault(address.family, address)
-            prefixes[address.network] = None
+            found.append(address)
     for key in "ip4", "ip6":  # results of cniVersion 0.1.0 and 0.2.0
         entry = _object(result.get(key), f"prevResult.{key}")
         if entry:
             address = parse_cidr(entry.get("ip"), f"prevResult.{key}.ip")
             if needed:
                 _refuse_unreachable(address, f"prevResult.{key}.ip")
-            found.setdefault(address.family, address)
-            prefixes[address.network] = None
-    return found, tuple(prefixes), tuple(links)
+            found.append(address)
+    return found, tuple(links)
 
 
 def _refuse_unreachable(address: Address, path: str) -> None:
@@ -223,24 +282,30 @@ def _pod(args: str) -> str:
     namespace, name, host = (value if is_name(value) and len(value) <= POD_NAME_MAX else "" for value in (
         found.get(key, "") for key in ("K8S_POD_NAMESPACE", "K8S_POD_NAME", "NERDCTL_CNI_DHCP_HOSTNAME")))
     name = name or host
+    if namespace == name and not found.get("K8S_POD_UID"):  # a container's name, of which podman 3 makes both
+        return name
     return f"{namespace}/{name}" if namespace and name else name
 
 
-def _mappings(config: dict[str, object]) -> list[Port]:
+MAPPINGS = "runtimeConfig.portMappings"
+
+
+def _runtime_mappings(config: dict[str, object]) -> object:
     runtime = _object(config.get("runtimeConfig"), "runtimeConfig")
-    return parse_mappings(runtime.get("portMappings"), "runtimeConfig.portMappings")
+    if "portMappings" not in runtime and runtime:
+        runtime = config["runtimeConfig"] = as_go_reads(runtime, ("portMappings",))
+    return runtime.get("portMappings")
 
 
-def parse_mappings(value: object, at: str) -> list[Port]:
+def parse_mappings(value: object, at: str, policy: "Policy | None" = None) -> list[Port]:
     """Every port that the list `value` asks for, in both families; what is said twice is meant once."""
-    published: dict[tuple[int, str, str, int], Port] = {}
+    published: dict[tuple[int, str, str, int, int], Port] = {}
     for index, item in enumerate(_list(value, at)):
         path = f"{at}[{index}]"
         if type(item) is not dict:
             raise ConfigError(path)
         host_port = container_port = 0
-        protocol, host_ip = "tcp", ""
-        families: tuple[int, ...] = (4, 6)
+        protocol, hosts = "tcp", policy.hosts if policy else EVERY_ADDRESS
         for name, field in item.items():
             key = name.lower()  # containerd capitalises: HostPort
             if key == "hostport":
@@ -253,14 +318,13 @@ def parse_mappings(value: object, at: str) -> list[Port]:
                     raise ConfigError(f"{path}.{name}")
             elif key == "hostip" and field not in (None, ""):
                 family, host_ip = parse_ip(field, f"{path}.{name}")
-                families = (family,)
-                if host_ip in ("0.0.0.0", "::"):  # every address of that family
-                    host_ip = ""
+                hosts = ((family, "" if host_ip in ("0.0.0.0", "::") else host_ip),)  # of all: each of that family
         if not host_port or not container_port:
             raise ConfigError(path)
-        for family in families:
+        for family, host_ip in policy.reachable(hosts, path) if policy else hosts:
             port = Port(family, protocol, host_ip, host_port, container_port)
-            same = published.setdefault((family, protocol, host_ip, host_port), port)
+            own = container_port if policy and policy.is_routed(family) else 0  # there a host port is nobody's
+            same = published.setdefault((family, protocol, host_ip, host_port, own), port)
             if same.container_port != container_port:
                 raise ConfigError(path, f"one container port: {port} is mapped twice, to container ports "
                                         f"{same.container_port} and {container_port}")

@@ -4,13 +4,15 @@ Off the hot path: jsonschema takes 70 ms to import, so only a refused call pays 
 """
 import json
 import pathlib
+import pkgutil
 from collections.abc import Iterator
 
 from . import cni, see_packages
 from .attachment import parse_cidr, parse_ip
 from .cni import INVALID_CONFIG, CniError, ConfigError
 from .conditions import parse_conditions
-from .config import KEYS, parse_mappings
+from .config import KEYS, is_consistent
+from .exposure import read
 
 SCHEMA = pathlib.Path(__file__).with_name("portmap.schema.json")
 
@@ -40,11 +42,14 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
         "cidr": lambda value: type(value) is not str or parse_cidr(value, ""),
         "conditionsV4": lambda value: parse_conditions(value, "conditionsV4") if type(value) is list else "",
         "conditionsV6": lambda value: parse_conditions(value, "conditionsV6") if type(value) is list else "",
-        "portMappings": lambda value: parse_mappings(value, ""),
+        "address": lambda value: type(value) is not str or parse_ip(value, ""),
+        "outgoingSourceV4": lambda value: type(value) is not str or read(value, "outgoingSourceV4"),
+        "outgoingSourceV6": lambda value: type(value) is not str or read(value, "outgoingSourceV6"),
+        "consistent": lambda value: type(value) is not dict or is_consistent(value),
     }
     for name, check in checks.items():
         checker.checks(name, raises=ConfigError)(lambda value, check=check: check(value) is not None)
-    root = json.loads(SCHEMA.read_text())
+    root = json.loads(pkgutil.get_data(__name__, SCHEMA.name) or "")  # from a folder or, in the bundle, a zip
     validator = jsonschema.Draft7Validator(root, format_checker=checker)
     if type(config) is dict:
         config = cni.as_go_reads(config, {*cni.KEYS, *KEYS})
@@ -62,6 +67,9 @@ def violations(config: object) -> "Iterator[tuple[str, object, str]]":
             expected, value = schema["not"]["description"], error.instance
         else:
             expected, value = reason or _description(schema), error.instance
+            if not path:  # the values that contradict each other are somewhere in it
+                path = getattr(error.cause, "path", "")
+                value = _value_at(config, path) if path else value
         yield path.lstrip(".") or "the configuration", value, expected
 
 

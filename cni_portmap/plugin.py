@@ -47,7 +47,7 @@ def _result(request: cni.Request) -> str:
 def _add(request: cni.Request) -> str:
     attachment = parse(request)
     result = _result(request)
-    if attachment.ports:
+    if attachment.ports or attachment.exposure:
         from .verbs.add import add
         add(attachment, _kernel())
     return result
@@ -55,12 +55,13 @@ def _add(request: cni.Request) -> str:
 
 def _delete(request: cni.Request) -> None:
     from .verbs.delete import delete
-    delete(request.container_id, request.ifname, _kernel())
+    network = request.config.get("name")
+    delete(request.container_id, request.ifname, network if type(network) is str else "", _kernel())
 
 
 def _check(request: cni.Request) -> None:
     attachment = parse(request)
-    if attachment.ports:
+    if attachment.ports or attachment.exposure:
         from .verbs.check import check
         check(attachment, _kernel())
 
@@ -96,6 +97,8 @@ def main() -> None:
     """Answer the runtime and end the process, without the interpreter's own end (1 ms)."""
     import posix
     status = cni.serve(HANDLERS, ABOUT)
-    for kernel in _in_use:
-        kernel.leave()
-    posix._exit(status)
+    try:
+        for kernel in _in_use:
+            kernel.leave()
+    finally:
+        posix._exit(status)  # whatever comes: the answer has been given

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     Element = tuple[str, bytes]  # of a map: the map's name, and the key as the kernel has it
+    # Of a set: its name, the key, the end of the key's range or b""; of a map also its value, or the chain that it is.
+    Member = tuple[str, bytes, bytes, bytes | str]
     Rule = tuple[str, str]  # its text, and what its comment says
+    _Shift = tuple[str, int, int]  # host address, "" where the rule has it; host port, container port
+    _Group = tuple[int, str, str, list[int], tuple[_Shift, ...]]  # see _groups
 
 TABLE_NAME = "cni_portmap"
 TABLE = f"inet {TABLE_NAME}"
@@ -34,8 +38,8 @@ NAME_MAX = 255  # bytes, NFT_NAME_MAXLEN less the final NUL
 
 HOSTPORTS = "hostports"  # the map of ports that are published on every address
 HOSTIP_HOSTPORTS = {4: "hostip4_hostports", 6: "hostip6_hostports"}  # by family: those of one address
-# By name: what they look up. Sets and maps are declared with `typeof`, never with `type`, and no rule has a map of its
-# own: written by nft 1.1.2 or newer, either makes an older nft on the same host crash (kubernetes#136786).
+# By name: what they look up. Sets and maps are declared with `typeof`, never with `type`, and no rule has a map without
+# a name: written by nft 1.1.2 or newer, either makes an older nft on the same host crash (kubernetes#136786).
 MAPS = {
     HOSTPORTS: "meta nfproto . meta l4proto . th dport",
     HOSTIP_HOSTPORTS[4]: "ip daddr . meta l4proto . th dport",
@@ -48,6 +52,8 @@ PROTOCOL_AND_PORT = slice(-8, None)  # of a key
 # it can close them again.
 LOCALHOST_INTERFACES = "localhost_interfaces"
 OPENED, WAS_OPEN, FOUND_OPEN = "route_localnet was 0", "route_localnet was 1", "found open"
+
+EXPOSED = "guarded4"  # a set of `exposure`: a table that has it has them all
 
 PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 PROTOCOLS = {number: name for name, number in PROTOCOL_NUMBERS.items()}
@@ -105,9 +111,11 @@ SHARED = {
     "guard_input": Shared(
         "type filter hook input priority raw; policy accept;",
         ("ip daddr 127.0.0.0/8 ct direction reply return", "replies to this host's localhost"),
+        ("ip daddr 127.0.0.0/8 ct status dnat return", "what rules of others lead there"),
         ("ip daddr 127.0.0.0/8 iifname @localhost_interfaces counter drop",
          "drop what source routes lead to 127.0.0.0/8"),
         ("ip6 daddr ::1 ct direction reply return", "replies to this host's localhost"),
+        ("ip6 daddr ::1 ct status dnat return", "what rules of others lead there"),
         ("ip6 daddr ::1 iiftype != loopback counter drop", "drop what source routes lead to ::1")),
     "prerouting": Shared(
         "type nat hook prerouting priority dstnat; policy accept;",
@@ -126,20 +134,28 @@ _HASHED = frozenset("@+~=,")  # in the name of an interface: nft cannot hold it
 _HEX = frozenset("0123456789abcdef")
 
 
-def chain_of(container_id: str, ifname: str) -> str:
+BY_RUNTIME, BY_OPERATOR = "c", "p"  # begin the name of an attachment's chain: who has published what is in it
+
+
+def chain_of(container_id: str, ifname: str, by: str = BY_RUNTIME) -> str:
     """The chain of an attachment. What nft cannot hold as a name is hashed; its record then names it in full."""
-    name = f"c/{container_id}/{ifname}"
+    name = f"{by}/{container_id}/{ifname}"
     if len(name) <= NAME_MAX and _HASHED.isdisjoint(ifname):
         return name
     from hashlib import sha256  # 4 ms, for names that hardly anybody has
-    return f"c/{container_id[:64]}/hash/{sha256(name.encode()).hexdigest()[:32]}"
+    return f"{by}/{container_id[:64]}/hash/{sha256(name.encode()).hexdigest()[:32]}"
+
+
+def own_chain(attachment: Attachment) -> str:
+    """The chain of what `attachment` publishes."""
+    return chain_of(attachment.container_id, attachment.ifname, BY_OPERATOR if attachment.by_operator else BY_RUNTIME)
 
 
 def is_attachment_chain(name: str) -> bool:
     """Whether a chain of our table is an attachment's: its name is one that `chain_of` gives."""
     kind, _, rest = name.partition("/")
     container_id, _, end = rest.partition("/")
-    if kind != "c" or len(name) > NAME_MAX or not is_name(container_id):
+    if kind not in (BY_RUNTIME, BY_OPERATOR) or len(name) > NAME_MAX or not is_name(container_id):
         return False
     hashed, _, digest = end.partition("/")
     if digest:
@@ -149,7 +165,13 @@ def is_attachment_chain(name: str) -> bool:
 
 def is_own_chain(name: str) -> bool:
     """Whether a chain's name is of our own grammar. Others write to our table, and no other name gets into nft text."""
-    return name in SHARED or is_attachment_chain(name)
+    return name in SHARED or is_attachment_chain(name) or \
+        (name[:2] == "x/" and is_attachment_chain(f"c{name[1:]}"))
+
+
+def chain_of_conditions(chain: str) -> str:
+    """The chain that judges by an attachment's conditions who reaches its container directly; see `exposure`."""
+    return f"x{chain[1:]}"
 
 
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/:@+,~")
@@ -173,26 +195,36 @@ class Owner:
     """The owner of an attachment's chain, from the chain's record; `inode` 0 if it was not known.
 
     `link`: the host's end of its link as name#index, `pod`: what people call it; "" where that is not known. What this
-    plugin could not have written is not known either: others may write into its chains.
+    plugin could not have written is not known either: others may write into its chains. `record`: the text itself.
     """
 
-    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode", "link", "pod")
+    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode", "link", "pod", "record")
 
     def __init__(self, chain: str, record: str) -> None:
         fields = dict(field.partition("=")[::2] for field in record.split(" "))
         container_id, _, ifname = chain.partition("/")[2].partition("/")
         full = fields.get("id", ""), _unescape(fields.get("if", ""))
-        if is_name(full[0]) and is_ifname(full[1]) and chain_of(*full) == chain:
+        if is_name(full[0]) and is_ifname(full[1]) and chain_of(*full, chain[:1]) == chain:
             container_id, ifname = full
         netns, _, inode = fields.get("netns", "").partition("#")
         network, pod = fields.get("net", ""), _unescape(fields.get("pod", ""))
-        self.chain, self.container_id, self.ifname = chain, container_id, ifname
+        self.chain, self.container_id, self.ifname, self.record = chain, container_id, ifname, record
         self.network = network if is_name(network) else ""
         self.netns = _unescape(netns)
         self.inode = int(inode) if _is_number(inode, 64) else 0
         name, _, index = fields.get("link", "").partition("#")
         self.link = f"{name}#{index}" if is_ifname(name) and _is_number(index, 31) else ""
         self.pod = pod if pod.count("/") < 2 and all(map(is_name, pod.split("/"))) else ""
+
+    @property
+    def is_by_operator(self) -> bool:
+        """Whether an operator has published it, and no runtime: the same container may have another chain."""
+        return self.chain[:2] == f"{BY_OPERATOR}/"
+
+    @property
+    def path(self) -> str:
+        """`netns` for people: whoever wrote the record, a terminal gets plain text."""
+        return _escape(self.netns)
 
     @classmethod
     def of_namespace(cls, chain: str, netns: str) -> "Owner":
@@ -214,13 +246,14 @@ def _is_number(text: str, bits: int) -> bool:
 
 def record_of(attachment: Attachment) -> list[str]:
     """The owner's record as comments; more than one where it is too long for the kernel."""
-    chain = chain_of(attachment.container_id, attachment.ifname)
+    chain = own_chain(attachment)
     fields = [f"net={attachment.network}", f"netns={_escape(attachment.netns)}#{attachment.inode or ''}"]
     if attachment.link:
         fields.append(f"link={attachment.link}")
     if attachment.pod:
         fields.append(f"pod={attachment.pod}")
-    if chain != f"c/{attachment.container_id}/{attachment.ifname}":
+    fields += (exposure.note for exposure in attachment.exposure)
+    if chain[1:] != f"/{attachment.container_id}/{attachment.ifname}":
         fields += [f"id={attachment.container_id}", f"if={_escape(attachment.ifname)}"]
     record = " ".join(fields)
     return [record[at:at + COMMENT_MAX] for at in range(0, len(record), COMMENT_MAX)]
@@ -235,8 +268,11 @@ def map_of(port: Port) -> str:
 
 def key_of(port: Port) -> bytes:
     """The key of `port` in its map, as the kernel has it: each field padded to 32 bits, in network order."""
-    first = inet_pton(AF[port.family], port.host_ip) if port.host_ip else bytes((_NFPROTO[port.family], 0, 0, 0))
-    return first + bytes((PROTOCOL_NUMBERS[port.protocol], 0, 0, 0)) + port.host_port.to_bytes(2, "big") + b"\0\0"
+    if not port.key:
+        first = inet_pton(AF[port.family], port.host_ip) if port.host_ip else bytes((_NFPROTO[port.family], 0, 0, 0))
+        port.key = first + bytes((PROTOCOL_NUMBERS[port.protocol], 0, 0, 0)) + port.host_port.to_bytes(2, "big") + \
+            b"\0\0"
+    return port.key
 
 
 def elements_of(attachment: Attachment) -> "dict[Element, Port]":
@@ -291,33 +327,55 @@ def elements_for(target: bytes, host: bytes, protocol: int, ports: "Iterable[int
         yield _wildcard(family, ending)
 
 
-# A container may publish one port on several networks (podman does). Its element leads to one of its chains, where a
-# rule without effect names the interfaces of those that stand by: when that chain goes, the next takes its place.
+# A container may publish one port on several networks (podman does), and a pod's next sandbox the ports of the one
+# before it, which is still there. The element leads to one of their chains, where rules without effect name those that
+# stand by: when that chain goes, one of them takes its place.
 
-_STANDBY = "also on "
-
-
-def standby_note(chain: str, ifname: str) -> str:
-    """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too."""
-    return "\n".join(_chain(chain, [f'continue comment "{standby_comment(ifname)}"'])) + "\n"
+_STANDBY, _OF = "also on ", " of "
 
 
-def standby_comment(ifname: str) -> str:
+def standby_note(chain: str, ifname: str, container_id: str = "") -> str:
+    """The command that notes in `chain` that the same container publishes some of its ports on `ifname` too.
+
+    `container_id`: that it is another one, the same pod's next sandbox.
+    """
+    return "\n".join(_chain(chain, [f'continue comment "{standby_comment(ifname, container_id)}"'])) + "\n"
+
+
+def standby_comment(ifname: str, container_id: str = "") -> str:
     """The comment of that note."""
-    return f"{_STANDBY}{ifname}"
+    return f"{_STANDBY}{ifname}{_OF if container_id else ''}{container_id}"
 
 
-def standby_interfaces(comments: "Iterable[str]") -> list[str]:
-    """The interfaces that the rules of a chain, by their comments, note with `standby_note`."""
-    names = (comment[len(_STANDBY):] for comment in comments if comment.startswith(_STANDBY))
-    return [name for name in names if is_ifname(name)]
+def standby_of(comment: str) -> tuple[str, str] | None:
+    """The interface and the container ID ("" for the same container) that a rule's comment notes; None for no note."""
+    ifname, _, container_id = comment[len(_STANDBY):].partition(_OF)
+    is_note = comment.startswith(_STANDBY) and is_ifname(ifname) and (not container_id or is_name(container_id))
+    return (ifname, container_id) if is_note else None
+
+
+def standby_notes(comments: "Iterable[str]") -> list[tuple[str, str]]:
+    """What the rules of a chain note, by their comments; the oldest first."""
+    return [note for note in map(standby_of, comments) if note]
+
+
+def is_next_sandbox(attachment: Attachment, owner: "Owner | Attachment") -> bool:
+    """Whether an attachment is that of the same pod as another container's, and can be noted.
+
+    The kubelet gives a pod's namespace and name to the runtime; who makes pods does not choose those of another. The
+    network is not asked for: a pod may be in several, and an edit, or the node's next CNI configuration, changes it.
+    """
+    return "/" in attachment.pod and attachment.pod == owner.pod and \
+        attachment.container_id != owner.container_id and not attachment.by_operator and \
+        len(standby_comment(attachment.ifname, attachment.container_id)) <= COMMENT_MAX
 
 
 # --- commands -------------------------------------------------------------------------------------------------
 
-def shared_rules(name: str, attachments: "Iterable[Attachment]", comments: "Iterable[str]" = ()) -> "list[Rule]":
-    """The rules of a chain of SHARED, as these attachments need it; `comments`: of the rules that it has."""
-    shared = SHARED[name]
+def shared_rules(name: str, attachments: "Iterable[Attachment]", comments: "Iterable[str]" = (),
+                 known: "Mapping[str, Shared]" = SHARED) -> "list[Rule]":
+    """The rules of a chain of `known`, as these attachments need it; `comments`: of the rules that it has."""
+    shared = known[name]
     rules = (*shared.rules, *(shared.varies(attachments, comments) if shared.varies else ()))
     return [(rule, f"{COMMENT_PREFIX}{BASE_VERSION}: {comment}") for rule, comment in rules]
 
@@ -349,15 +407,16 @@ def key_of_interface(name: str) -> bytes:
     return name.encode().ljust(16, b"\0")
 
 
-def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = ()) -> str:
-    """Commands that make the table and some of its SHARED chains, each with its rules; `replaced`: those that exist.
+def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = (),
+         known: "Mapping[str, Shared]" = SHARED, sets: "Iterable[str]" = ()) -> str:
+    """Commands that make the table and some of its `known` chains, each with its rules; `replaced`: those that exist.
 
-    A hooked chain is replaced, because another version may have hooked it elsewhere; what leads to `dispatch`
-    forbids that there.
+    `sets`: commands that declare what those rules look up besides. A hooked chain is replaced, because another version
+    may have hooked it elsewhere; what leads to `dispatch` forbids that there.
     """
-    lines = [f"add table {TABLE}", *(_map(name) for name in MAPS), _set()]
-    for name in (name for name in SHARED if name in chains):
-        hook = SHARED[name].hook
+    lines = [f"add table {TABLE}", *(_map(name) for name in MAPS), _set(), *sets]
+    for name in (name for name in known if name in chains):
+        hook = known[name].hook
         if name in replaced:
             lines.append(f"{'delete' if hook else 'flush'} chain {TABLE} {name}")
         rules = (f'{rule} comment "{comment}"' for rule, comment in chains[name])
@@ -365,20 +424,27 @@ def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = ()
     return "\n".join(lines) + "\n"
 
 
-def attach(attachment: Attachment, elsewhere: "Container[Element]" = (), rules: str = "") -> str:
+def attach(attachment: Attachment, elsewhere: "Container[Element]" = ()) -> str:
     """Commands that publish the ports of `attachment`: its chain, and the elements that lead there.
 
     `elsewhere`: the elements that lead to the container through another of its interfaces, and stay.
-    `rules`: what `rules_text` has said before.
     """
     own = [element for element in elements_of(attachment) if element not in elsewhere]
-    return (rules or rules_text(attachment)) + map_elements(own, chain_of(attachment.container_id, attachment.ifname))
+    return rules_text(attachment) + map_elements(own, own_chain(attachment))
 
 
 def rules_text(attachment: Attachment) -> str:
     """Commands that create the chain of `attachment`, with its rules: to be built before the lock is taken."""
-    chain = chain_of(attachment.container_id, attachment.ifname)
-    return "\n".join((f"create chain {TABLE} {chain}", *_chain(chain, rules_of(attachment)))) + "\n"
+    chain = own_chain(attachment)
+    groups = _groups(attachment)
+    maps = _port_maps(attachment, groups)
+    texts = (f"add map {TABLE} {name} {{ typeof {_port_map(shifts)}; }}" for shifts, name in maps.items())
+    return created(chain, _rules(attachment, groups, maps), texts)
+
+
+def created(chain: str, rules: "Iterable[str]", maps: "Iterable[str]" = ()) -> str:
+    """Commands that create a chain without a hook, with these rules; `maps`: the commands for those that they name."""
+    return "\n".join((f"create chain {TABLE} {chain}", *maps, *_chain(chain, rules))) + "\n"
 
 
 def map_elements(elements: "Sequence[Element]", chain: str) -> str:
@@ -401,11 +467,58 @@ def detach(chains: "Iterable[str]", elements: "Iterable[Element]") -> str:
     return "\n".join(lines) + "\n"
 
 
-def inherit(inherited: "Mapping[Element, str]", notes: "Iterable[tuple[str, str]]") -> str:
-    """Commands that make elements lead to other chains, and note (chain, interface) who stands by there."""
-    text = "".join(map_elements([element for element, its in inherited.items() if its == heir], heir)
-                   for heir in dict.fromkeys(inherited.values()))
-    return text + "".join(standby_note(*note) for note in notes)
+class Change:
+    """One transaction of attachments: what goes, and then what comes.
+
+    `chains`, the `elements` that lead there, each with its chain, and `maps` of ports go; so do `stale_notes` (chain,
+    handle of the rule), and the note of interfaces that are `forgotten`. What comes:
+    `rules`: by chain, its `rules_text`; `leads`: elements, each with the chain that it leads to; `notes`: (chain,
+    interface, container ID or "" for the same) who stands by there; `inserted`: by chain, rules and the place of the
+    one that they come before; `interfaces`: those to note, each with its comment. `removed`, `created`: elements of the
+    sets of `exposure`, with their comments; `exposure`: the same as commands, those that remove and those that create.
+    """
+
+    __slots__ = ("chains", "elements", "maps", "stale_notes", "rules", "leads", "notes", "inserted", "interfaces",
+                 "forgotten", "removed", "created", "exposure")
+
+    def __init__(self) -> None:
+        self.chains: list[str] = []
+        self.elements: dict[Element, str] = {}
+        self.maps: list[str] = []
+        self.stale_notes: list[tuple[str, bytes]] = []
+        self.rules: dict[str, str] = {}
+        self.leads: dict[Element, str] = {}
+        self.notes: list[tuple[str, str, str]] = []
+        self.inserted: dict[str, tuple[int, list[str]]] = {}
+        self.interfaces: dict[str, str] = {}
+        self.forgotten: list[str] = []
+        self.removed: dict[Member, str] = {}
+        self.created: dict[Member, str] = {}
+        self.exposure = "", ""
+
+    def removes(self) -> bool:
+        """Whether something goes."""
+        return bool(self.chains or self.maps or self.removed or self.stale_notes)
+
+    def text(self) -> str:
+        """It as commands."""
+        text = self.exposure[0] + (detach(self.chains, self.elements) if self.chains else "")
+        text += "".join(f"delete map {TABLE} {name}\n" for name in self.maps)
+        for chain in dict.fromkeys((*self.rules, *self.leads.values())):
+            text += self.rules.get(chain, "")
+            text += map_elements([element for element, its in self.leads.items() if its == chain], chain)
+        text += "".join(f"delete rule {TABLE} {chain} handle {int.from_bytes(handle, 'big')}\n"
+                        for chain, handle in self.stale_notes)
+        text += "".join(standby_note(*note) for note in self.notes)
+        for chain, (index, rules) in self.inserted.items():
+            text += "".join(f"insert rule {TABLE} {chain} index {index} {rule}\n" for rule in rules)
+        text += "".join(f"delete element {TABLE} {LOCALHOST_INTERFACES} {{ {name} }}\n" for name in self.forgotten)
+        return text + self.exposure[1] + note_interfaces(self.interfaces)
+
+    def apart(self) -> str:
+        """The commands that write its rules alone, and those to be inserted, where there is nothing yet."""
+        lines = (line for chain, (_, rules) in self.inserted.items() for line in _chain(chain, rules))
+        return base({}) + "".join(self.rules.values()) + "".join(f"{line}\n" for line in lines)
 
 
 def probe(family: int, conditions: str, protocols: "Iterable[str]") -> str:
@@ -415,24 +528,91 @@ def probe(family: int, conditions: str, protocols: "Iterable[str]") -> str:
     return "\n".join((f"add table {table}", f"add chain {table} probe {{", *rules, "}")) + "\n"
 
 
+# Many ports under other numbers share one rule, and a map of their own: host port -> container port. So do ports of
+# many host addresses, by address and port. The map is named after the chain, and goes with it.
+
+MANY_SHIFTED, MANY_ADDRESSES = 10, 100
+_EACH = "*"  # in place of a host address: the map has it
+
+
+def port_map_of(chain: str, number: int) -> str:
+    """The name of a chain's map of ports, counted from 1."""
+    return f"{chain}/{number}"
+
+
+def port_maps_of(attachment: Attachment) -> "dict[tuple[_Shift, ...], str]":
+    """The maps of ports of `attachment`: what each has -> its name."""
+    return _port_maps(attachment, _groups(attachment))
+
+
+def _port_map(shifts: "tuple[_Shift, ...]") -> str:
+    """nft's text for what a map of ports looks up, and has."""
+    address = shifts[0][0]
+    if not address:
+        return f"th dport : th dport; elements = {{ {', '.join([f'{host} : {port}' for _, host, port in shifts])} }}"
+    elements = ", ".join([f"{ip} . {host} : {port}" for ip, host, port in shifts])
+    return f"{_IP[6 if ':' in address else 4]} daddr . th dport : th dport; elements = {{ {elements} }}"
+
+
+def _port_maps(attachment: Attachment, groups: "Iterable[_Group]") -> "dict[tuple[_Shift, ...], str]":
+    found = dict.fromkeys(shifted for *_, shifted in groups if len(shifted) > MANY_SHIFTED)
+    chain = own_chain(attachment) if found else ""
+    room = 10 ** (NAME_MAX - len(chain) - 1)  # for numbers, in names
+    return {shifts: port_map_of(chain, number) for number, shifts in enumerate(found, 1) if number < room}
+
+
+def _groups(attachment: Attachment) -> "list[_Group]":
+    """The ports, by family, host address and protocol: those that keep their number, and those that are shifted."""
+    groups: dict[tuple[int, str, str], list[tuple[int, int]]] = {}
+    for port in attachment.ports:
+        groups.setdefault((port.family, port.host_ip, port.protocol), []).append((port.host_port, port.container_port))
+    found: list[_Group] = []
+    for family in sorted(attachment.addresses):
+        its = {where[1:]: pairs for where, pairs in groups.items() if where[0] == family}
+        for protocol in PROTOCOLS.values() if len(its) > MANY_ADDRESSES else ():
+            many = {ip: pairs for (ip, its_protocol), pairs in its.items() if ip and its_protocol == protocol}
+            if len(many) > MANY_ADDRESSES:
+                found.append((family, _EACH, protocol, [],
+                              tuple(sorted([(ip, *pair) for ip, pairs in many.items() for pair in pairs]))))
+                its = {where: pairs for where, pairs in its.items() if not where[0] or where[1] != protocol}
+        for (host_ip, protocol), pairs in sorted(its.items(), reverse=True):
+            pairs.sort()
+            found.append((family, host_ip, protocol, [host for host, container in pairs if host == container],
+                          tuple([("", *pair) for pair in pairs if pair[0] != pair[1]])))
+    return found
+
+
 def rules_of(attachment: Attachment) -> "Iterator[str]":
     """The rules of an attachment's chain, in their order: the record, who is masqueraded, what is published."""
+    groups = _groups(attachment)
+    return _rules(attachment, groups, _port_maps(attachment, groups))
+
+
+def _rules(attachment: Attachment, groups: "Iterable[_Group]", maps: "Mapping[tuple[_Shift, ...], str]") \
+        -> "Iterator[str]":
     for index, part in enumerate(record_of(attachment)):
         yield f'{"continue" if index else "counter"} comment "{part}"'
     yield from _marks(attachment)
     for family in sorted(attachment.left_alone):
         yield f'{_IP[family]} daddr {LOCALHOST[family]} return comment "{_LEFT_ALONE} (IPv{family})"'
-    for family, address in sorted(attachment.addresses.items()):
-        groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        for port in attachment.ports:
-            if port.family == family:
-                groups.setdefault((port.host_ip, port.protocol), []).append((port.host_port, port.container_port))
-        for (host_ip, protocol), pairs in sorted(groups.items(), reverse=True):
-            pairs.sort()
-            match = f"{_IP[family]} daddr {host_ip}" if host_ip else f"meta nfproto ipv{family}"
-            if attachment.conditions.get(family):
-                match += f" {attachment.conditions[family]}"
-            yield from _dnat(f"{match} {protocol} dport", f"dnat {_IP[family]} to", address.ip, pairs)
+    for family, host_ip, protocol, same, shifted in groups:
+        ip = attachment.addresses[family].ip
+        conditions = f" {attachment.conditions[family]}" if attachment.conditions.get(family) else ""
+        match = f"{_match(family, '' if host_ip == _EACH else host_ip)}{conditions}"
+        dnat, target = f"dnat {_IP[family]} to", f"[{ip}]:" if family == 6 else f"{ip}:"
+        for ports in _ranges(same):
+            yield f"{match} {protocol} dport {ports} counter {dnat} {ip if '-' in ports else target + ports}"
+        if shifted in maps:
+            key = f"{_IP[family]} daddr . " if host_ip == _EACH else ""
+            yield f"{match} meta l4proto {protocol} counter {dnat} {target}{key}{protocol} dport map @{maps[shifted]}"
+            continue
+        for address, host, container in shifted:
+            its = f"{_match(family, address)}{conditions}" if address else match
+            yield f"{its} {protocol} dport {host} counter {dnat} {target}{container}"
+
+
+def _match(family: int, host_ip: str) -> str:
+    return f"{_IP[family]} daddr {host_ip}" if host_ip else f"meta nfproto ipv{family}"
 
 
 def _marks(attachment: Attachment) -> "Iterator[str]":
@@ -483,29 +663,30 @@ def left_alone_of(comments: "Iterable[str]") -> frozenset[int]:
     return frozenset(family for family in (4, 6) if f"{_LEFT_ALONE} (IPv{family})" in {*comments})
 
 
-def share_on_link(chain: str, comments: "list[str]", pairs: "Iterable[tuple[str, str]]", mark_bit: int) -> str:
-    """Commands that let a chain with these comments masquerade these, too: of the container's other interfaces."""
+def is_comment_of_rule(comment: str) -> bool:
+    """Whether a comment in an attachment's chain is that of a rule, and no part of the owner's record."""
+    return comment.startswith((_ON_LINK, _LEFT_ALONE))
+
+
+def share_on_link(comments: "list[str]", pairs: "Iterable[tuple[str, str]]", mark_bit: int) -> "tuple[int, list[str]]":
+    """The rules that let a chain with these comments masquerade these, too: of the container's other interfaces.
+
+    And the place of the rule that they are inserted before.
+    """
     known = on_link_of(comments)
     if not known:
-        return ""
+        return 0, []
     at = next(index for index, comment in enumerate(comments) if comment.startswith(_ON_LINK))
-    return "".join(f"insert rule {TABLE} {chain} index {at} {on_link_rule(*pair, mark_bit)}\n"
-                   for pair in pairs if pair not in known)
+    return at, [on_link_rule(*pair, mark_bit) for pair in pairs if pair not in known]
 
 
-def _dnat(match: str, dnat: str, ip: str, pairs: "Sequence[tuple[int, int]]") -> "Iterator[str]":
-    """Rules for `pairs` (host port, container port; sorted): consecutive ports that keep their number share one."""
-    same = [host for host, container in pairs if host == container]
-    target = f"[{ip}]:" if ":" in ip else f"{ip}:"
+def _ranges(ports: "Iterable[int]") -> "Iterator[str]":
+    """Consecutive ones of these ports (sorted) as ranges: "80", "9000-9002"."""
     first = last = 0
-    for port in (*same, 0):
-        if port == last + 1 and first:
+    for port in (*ports, 0):
+        if first and port == last + 1:
             last = port
             continue
         if first:
-            ports, to = (f"{first}-{last}", ip) if first < last else (str(first), f"{target}{first}")
-            yield f"{match} {ports} counter {dnat} {to}"
+            yield f"{first}-{last}" if first < last else str(first)
         first = last = port
-    for host, container in pairs:
-        if host != container:
-            yield f"{match} {host} counter {dnat} {target}{container}"

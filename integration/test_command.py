@@ -47,24 +47,45 @@ def test_list_has_a_line_for_each_rule(bin_dir, web):
     lines = [line.split() for line in command(bin_dir, "list").splitlines()]
     me, net = web.id[:12], "command"
     assert lines == [
-        ["HOST", "CONTAINER", "NETWORK", "POD", "ID", "INTERFACE", "CONNECTIONS", "OWNER"],
-        ["0.0.0.0:5353/udp", f"{web.ipv4}:53", net, "-", me, "eth0", "0", "alive"],
-        ["[::]:5353/udp", f"[{web.ipv6}]:53", net, "-", me, "eth0", "0", "alive"],
-        ["0.0.0.0:7000-7019/tcp", f"{web.ipv4}:7100-7119", net, "-", me, "eth0", "0", "alive"],
-        ["0.0.0.0:8080/tcp", f"{web.ipv4}:80", net, "-", me, "eth0", "3", "alive"],
-        ["[::]:8080/tcp", f"[{web.ipv6}]:80", net, "-", me, "eth0", "0", "alive"],
-        ["127.0.0.1:8081/tcp", f"{web.ipv4}:80", net, "-", me, "eth0", "0", "alive"],
-        ["0.0.0.0:9000-9003/udp", f"{web.ipv4}:9000-9003", net, "-", me, "eth0", "0", "alive"],
-        ["[::]:9000-9003/udp", f"[{web.ipv6}]:9000-9003", net, "-", me, "eth0", "0", "alive"]]
+        ["HOST", "REACH", "CONTAINER", "NETWORK", "POD", "ID", "INTERFACE", "CONNECTIONS", "OWNER"],
+        ["0.0.0.0:5353/udp", "world", f"{web.ipv4}:53", net, "-", me, "eth0", "0", "alive"],
+        ["[::]:5353/udp", "world", f"[{web.ipv6}]:53", net, "-", me, "eth0", "0", "alive"],
+        # Many ports under another number have one rule, and so one counter.
+        ["0.0.0.0:7000-7019,8080/tcp", "world", f"{web.ipv4}:7100-7119,80", net, "-", me, "eth0", "3", "alive"],
+        ["[::]:8080/tcp", "world", f"[{web.ipv6}]:80", net, "-", me, "eth0", "0", "alive"],
+        ["127.0.0.1:8081/tcp", "localhost", f"{web.ipv4}:80", net, "-", me, "eth0", "0", "alive"],
+        ["0.0.0.0:9000-9003/udp", "world", f"{web.ipv4}:9000-9003", net, "-", me, "eth0", "0", "alive"],
+        ["[::]:9000-9003/udp", "world", f"[{web.ipv6}]:9000-9003", net, "-", me, "eth0", "0", "alive"]]
 
 
 @pytest.mark.parametrize(("options", "count"), [
-    (["--port", 8080], 2), (["--port", 9002], 2), (["--container", "web-"], 8), (["--container", "x"], 0),
-    (["--network", "command"], 8), (["--network", "other"], 0)])
+    (["--port", 8080], 2), (["--port", 9002], 2), (["--container", "web-"], 7), (["--container", "x"], 0),
+    (["--network", "command"], 7), (["--network", "other"], 0)])
 def test_list_filters(bin_dir, web, options, count):
     """Filters narrow the list, and JSON has the same lines."""
     assert len(json.loads(command(bin_dir, "list", "--json", *options))) == count
     assert len(command(bin_dir, "list", *options).splitlines()) == count + 1
+
+
+def test_watch(bin_dir, web):
+    """New connections per second by port: a table a second, or a document a line."""
+    server = lab.Server("web", web, 80)
+    gateway = web.network.results[web.id, "eth0"]["ips"][0]["gateway"]
+    tool = bin_dir.parent / "sbin/cni-portmap"
+    process = subprocess.Popen([tool, "list", "--port", "8080", "--json", "--watch", "0.3"], stdout=subprocess.PIPE,
+                               text=True)
+    assert {line["new_per_second"] for line in json.loads(process.stdout.readline())} == {0}
+    assert lab.exchange(lab.HOST, gateway, 8080)
+    seen = [json.loads(process.stdout.readline()) for _ in range(3)]
+    process.kill()
+    process.communicate()
+    server.close()
+    rates = [max(line["new_per_second"] for line in lines) for lines in seen]
+    assert max(rates) > 0 and all(line["reach"] == "world" for line in seen[0])
+    process = subprocess.Popen([tool, "list", "--watch", "0.2"], stdout=subprocess.PIPE, text=True)
+    assert "NEW/S" in process.stdout.readline()
+    process.kill()
+    process.communicate()
 
 
 def test_who_has_a_port(bin_dir, web):

@@ -78,17 +78,17 @@ def crowd(*places):
     ("VERSION", NOBODY, 0, 0, 450),
     ("ADD", NOBODY, 0, 0, 450),
     ("CHECK", NOBODY, 0, 0, 450),
-    ("DEL", NOBODY, 0, 1, 550),
+    ("DEL", NOBODY, 0, 6, 550),
     ("STATUS", NOBODY, 0, 8, 900),
-    ("ADD", ONE, 1, 14, 900),
-    ("ADD", UDP, 1, 18, 900),
-    ("ADD", SPECIFIC, 1, 14, 900),
-    ("ADD", MANY, 1, 114, 1000),
-    ("CHECK", ONE, 1, 36, 900),
-    ("CHECK", MANY, 1, 136, 1000),
-    ("DEL", ONE, 1, 14, 900),
-    ("DEL", UDP, 1, 14, 900),
-    ("DEL", SPECIFIC, 1, 14, 900),
+    ("ADD", ONE, 1, 17, 900),
+    ("ADD", UDP, 1, 20, 900),
+    ("ADD", SPECIFIC, 1, 17, 900),
+    ("ADD", MANY, 1, 117, 1000),
+    ("CHECK", ONE, 1, 41, 950),
+    ("CHECK", MANY, 1, 139, 1050),
+    ("DEL", ONE, 1, 15, 900),
+    ("DEL", UDP, 1, 15, 900),
+    ("DEL", SPECIFIC, 1, 16, 900),
     ("DEL", MANY, 1, 114, 1000)], ids=lambda value: getattr(value, "id", None))
 def test_a_call_asks_little(host, trace, verb, pod, transactions, asked, system_calls):
     """A call asks little, sends one transaction at most, is refused nothing, and starts no process and no thread."""
@@ -123,6 +123,30 @@ def test_delete_lists_nothing_of_others(host, trace, pod):
     seen = trace("DEL", pod)
     assert seen.wrote == {"NFNL_MSG_BATCH_BEGIN": 1, "DELSETELEM": 1, "DELCHAIN": 1, "NFNL_MSG_BATCH_END": 1}
     assert not seen.listed
+
+
+@pytest.mark.parametrize("pod", [ONE, UDP, SPECIFIC, MANY], ids=lambda pod: pod.id)
+def test_add_again_lists_nothing_of_others(host, trace, pod):
+    """An ADD that replaces is one transaction here, and one elsewhere, where its rules are written first: what
+    libnftables lists before a deletion is every set of the host. What leads to its chain stays."""
+    host.add(pod)
+    before = lab.generation()
+    seen = trace("ADD", pod)
+    assert (seen.transactions, lab.generation() - before) == (2, 1)
+    assert {"DELRULE", "NEWCHAIN", "NEWRULE"} <= {*seen.wrote} and not {"DELSETELEM", "DELCHAIN"} & {*seen.wrote}
+    assert {*seen.listed} <= {"GETGEN", "GETTABLE"} and not seen.refused
+
+
+@pytest.mark.parametrize("ports", [("8080:80",), tuple(f"{port}:{port + 1000}" for port in range(9000, 9020))], ids=len)
+def test_a_hand_over_reads_what_it_needs_once(host, trace, ports):
+    """DEL of a pod's last sandbox reads the rules of both sandboxes once, and their map of many ports."""
+    args = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"
+    last, following = Pod("last", *ports, args=args), Pod("next", *ports, ips=("10.20.0.3/24",), args=args)
+    host.add(last, following)
+    seen = trace("DEL", last)
+    assert not host.call("CHECK", following).code
+    assert seen.asked["GETRULE"] == 2
+    assert seen.asked["GETSETELEM"] <= 2 * len(ports) + 3  # the ports of both, and their maps
 
 
 def alone_and_among(host, trace, verb, pod, *ips):

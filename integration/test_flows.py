@@ -1,11 +1,10 @@
 """Connections that outlive what they led to: after ADD and DEL conntrack forgets those, and no others."""
-import base64
 import contextlib
-import json
 import re
 
 import lab
 from lab import paths
+from lab.libcni_cache import Cache
 from lab.site import Site
 import pytest
 from lab.paths import WEB
@@ -65,10 +64,7 @@ def test_udp_that_never_stops_reaches_what_is_restored(site, family, tmp_path):
     with udp(site, "client", "LAN address", family) as client, client.chatter(), \
             site.publish("web", UDP, "udp") as container:
         assert client.ask_until("web").server == "web"
-        conflist = base64.b64encode(json.dumps(container.network.conflist).encode()).decode()
-        (tmp_path / "home-web-eth0").write_text(json.dumps({
-            "kind": "cniCacheV1", "containerId": container.id, "ifName": "eth0", "networkName": "home",
-            "config": conflist, "capabilityArgs": {"portMappings": UDP}, "result": container.result}))
+        Cache(tmp_path).remember(container)
         lab.nft_script(f"delete table {lab.TABLE}")
         lab.run("conntrack", "-F")
         assert client.ask_until("anybody", 0.3) is None
@@ -95,7 +91,7 @@ def test_tcp_is_answered_after_the_port_is_gone(site, who, to, family, leaves):
     container = lab.Container(lab.Network(site.network.conflist, site.bin_dir), "web", TCP)
     try:
         with lab.Server("web", container, WEB, keep=True), \
-                lab.Client(site.places[who], site.ip(to, family), PORT, timeout=1.0) as client:
+                lab.Client(site.places[who], site.ip(to, family), PORT) as client:
             assert client.ask().server == client.ask().server == "web"
             if leaves:
                 container.remove()
@@ -214,7 +210,7 @@ def test_older_kernels(site, family, before_5_8, monkeypatch):
                 lab.Client(site.client, node, PORT, "udp") as published, lab.Client(site.client, node, PORT) as tcp, \
                 lab.Client(site.client, node, PORT + 1, "udp") as own:
             assert published.ask() and tcp.ask() and own.ask()
-            delete(container.id, "eth0", kernel.Kernel())
+            delete(container.id, "eth0", "home", kernel.Kernel())
         assert not lab.flows("udp", PORT, family) and not lab.flows("tcp", PORT, family)
         assert [flow.source_port for flow in lab.flows("udp", PORT + 1, family)] == [own.port]
     finally:
@@ -256,3 +252,26 @@ def test_cost_with_many_flows(site, name, count, port, spread, most, tmp_path):
                 assert lab.tracked() < 1000  # they were its own, and are forgotten
     finally:
         container.remove()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_next_owner_of_an_address_gets_nothing_of_the_last(host, protocol, family):
+    """Whatever the counters of its rules say when it leaves: they may have been reset, and flows live on."""
+    ips, server_ip = ("10.20.0.2/24", "fd20::2/64"), {4: "192.0.2.1", 6: "2001:db8::1"}[family]
+    web = lab.wire("web", ("10.20.0.1/24", "fd20::1/64"), ips)
+    client = lab.wire("client", ("192.0.2.1/24", "2001:db8::1/64"), ("192.0.2.2/24", "2001:db8::2/64"))
+    first, second = lab.Pod("first", f"8080:80/{protocol}", ips=ips), lab.Pod("second", "9090:90", ips=ips)
+    host.add(first)
+    with lab.Server("first", web, 80, protocol, keep=True) as server, \
+            lab.Client(client, server_ip, 8080, protocol) as flow:
+        assert flow.ask().server == "first"
+        lab.reset_rules()
+        host.delete(first)
+        server.close()
+        host.add(second)
+        with lab.Server("second", web, 80, protocol, keep=True) as other:
+            for _ in range(3):
+                with contextlib.suppress(ConnectionError):
+                    assert not flow.ask(0.5)
+            assert not other.arrivals

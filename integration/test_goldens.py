@@ -7,7 +7,8 @@ import pytest
 GOLDENS = {path.stem: path for path in sorted((lab.ROOT / "tests/goldens").glob("*.nft"))}
 # What a golden builds on, where that is not `base`; see tests/test_ruleset.py.
 AFTER = {"base": "", "detach": "attach-dual-stack", "replace": "attach-dual-stack",
-         "second-interface": "attach-dual-stack", "inherit": "second-interface"}
+         "second-interface": "attach-dual-stack", "inherit": "second-interface",
+         **{f"exposure-{mode}": "exposure" for mode in ("nat", "routed", "isolated")}}
 
 
 def scripts(name):

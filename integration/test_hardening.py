@@ -1,16 +1,17 @@
 """Packets that must not arrive, and settings that must not change: each proven by a case where it would."""
+import contextlib
 import json
 import pathlib
 import socket
 
 import lab
 from lab import paths
+from lab.libcni_cache import Cache
 from lab.site import Site
 import pytest
 from lab.paths import EVERY, LOCAL, OWN, WEB
 
 NEIGHBOUR, MACHINE = "hostile neighbour", "client"
-DEVICES = {NEIGHBOUR: "cni0", MACHINE: "to-lan-client"}  # the host's end of their wires
 # When a datagram arrives. What never does, Linux refuses by itself, since nothing translates what a wire sends to
 # localhost, and nothing masquerades what comes from there.
 UNGUARDED, NEVER, ALWAYS = "without the guard", "never", "always"
@@ -58,14 +59,9 @@ def guard_drops():
     return sum(counters)
 
 
-def arrives(site, who, source, destination, port):
-    """Whether a datagram made by hand reaches the server of its port; one that follows it tells when to look."""
-    family, own = 6 if ":" in destination else 4, OWN if port == OWN else EVERY
-    server = site.servers[own, family, "udp"]
-    before = len(server.arrivals)
-    lab.inject(site.places[who], DEVICES[who], lab.packet(source, destination, port))
-    assert lab.exchange(lab.HOST, site.ip("localhost" if own == OWN else "LAN address", family), own, "udp")
-    return len(server.arrivals) - before == 2
+def arrives(site, *datagram):
+    """Whether a datagram made by hand reaches the server of its port."""
+    return bool(site.arrival(*datagram))
 
 
 @pytest.mark.parametrize("forged", FORGED, ids=lambda forged: f"{forged[0]} {forged[1]} to {forged[2]} {forged[3]}")
@@ -92,6 +88,36 @@ def test_a_vanished_guard_is_noticed_and_repaired(site):
             site.container.check()
             for *datagram, when in FORGED:
                 assert arrives(site, *datagram) == (when == ALWAYS), datagram
+
+
+def test_source_routes_lead_nobody_to_localhost(site):
+    """Nor does a packet that asks the host to send it on to 127.0.0.1, where the host does that."""
+    source, host, localhost = (site.ip(name, 4) for name in (NEIGHBOUR, "bridge address", "localhost"))
+    server, saw = site.servers[OWN, 4, "udp"], []
+    for which in "all", "cni0":
+        lab.sysctl(f"net.ipv4.conf.{which}.accept_source_route", 1)
+    for guarded in True, False:
+        if not guarded:
+            lab.nft("flush", "chain", "inet", "cni_portmap", "guard_input")
+        arrived = len(server.arrivals)
+        lab.inject(site.places[NEIGHBOUR], "cni0", lab.source_routed(source, host, localhost, OWN))
+        assert lab.exchange(lab.HOST, localhost, OWN, "udp")
+        saw.append(len(server.arrivals) - arrived - 1)
+    lab.sysctl("net.ipv4.conf.all.accept_source_route", 0)
+    lab.run(site.bin_dir.parent / "sbin/cni-portmap", "restore", "--base-only")
+    assert saw == [0, 1]
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_the_administrators_own_way_to_localhost(site, protocol):
+    """Rules of others may lead containers to a service on localhost, as proxies of a cloud's metadata do."""
+    with lab.Server("proxy", lab.HOST, 8181, protocol, "127.0.0.1"):
+        lab.nft_script("table ip proxy { chain prerouting { type nat hook prerouting priority -110;",
+                       f"iifname cni0 ip daddr 169.254.169.254 {protocol} dport 80 dnat to 127.0.0.1:8181; }}; }}")
+        try:
+            assert lab.exchange(site.places[NEIGHBOUR], "169.254.169.254", 80, protocol).server == "proxy"
+        finally:
+            lab.nft_script("delete table ip proxy")
 
 
 # how a container is published: whether the bridge's route_localnet is needed, and whether the route for ::1
@@ -128,20 +154,29 @@ def test_localhost_is_opened_on_one_interface_and_where_needed(site, config, hos
     assert lab.localhost_routes() == routes
 
 
-def test_ipv6_localhost_that_cannot_work_is_said(site):
-    """With br_netfilter on a bridge, ADD adds no route for ::1, says why in one line, and succeeds."""
-    if not lab.br_netfilter(True):
-        pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
+@pytest.mark.parametrize("setting", ["net.bridge.bridge-nf-call-ip6tables", "net.ipv6.conf.cni9.seg6_enabled",
+                                     "net.ipv6.conf.cni9.rpl_seg_enabled"])
+def test_ipv6_localhost_that_cannot_be_opened_is_said(site, setting):
+    """With br_netfilter it cannot work, with source routes not be guarded: ADD says so in one line, and succeeds."""
     network = lab.Network(lab.bridge_conflist("fresh", "cni9", ("fd99::/64",)), site.bin_dir)
-    container = lab.Container(network, "fresh")
+    container = lab.Container(network, "fresh")  # makes the bridge
+    settings = {*(setting.replace("cni9", which) for which in ("cni9", "all"))}
     try:
         before = lab.localhost_routes()
+        if not all(pathlib.Path("/proc/sys", each.replace(".", "/")).exists() for each in settings):
+            pytest.skip(f"no {setting} in this kernel: modprobe br_netfilter; CONFIG_IPV6_SEG6_LWTUNNEL, _RPL_LWTUNNEL")
+        lab.br_netfilter(False)
+        for each in settings:
+            lab.sysctl(each, 1)
         config = network.config([{"hostPort": 7100, "containerPort": WEB}], container.result)
         done = lab.call_process(site.bin_dir / "portmap", "ADD", config, container.id, container.namespace.path)
         assert done.returncode == 0 and json.loads(done.stdout)["ips"]
-        assert done.stderr.count("\n") == 1 and "bridge-nf-call-ip6tables" in done.stderr
+        assert done.stderr.count("\n") == 1 and setting.rpartition(".")[2] in done.stderr
         assert lab.localhost_routes() == before
     finally:
+        for each in settings:
+            with contextlib.suppress(OSError):
+                lab.sysctl(each, 0)
         lab.br_netfilter(site.setting.br_netfilter)
         container.remove()
         lab.delete_link("cni9")
@@ -162,6 +197,70 @@ def test_host_services_keep_what_is_not_published(site, ports, protocol, family)
         for name in "client", "neighbour", "stranger":
             assert lab.exchange(site.places[name], node, 7200, protocol) == lab.Saw("own", site.ip(name, family), 7200)
         assert lab.exchange(lab.HOST, node, 7200, protocol) == lab.Saw("own", node, 7200)
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.53", "127.0.0.54"])
+def test_the_hosts_resolver_keeps_its_port(site, ip):
+    """A port published on all addresses leaves systemd-resolved's to it (k3s#1640), unless a hostIP asks for them."""
+    with lab.Server("resolver", lab.HOST, 7200, "udp", ip):
+        with site.publish("dns", [{"hostPort": 7200, "containerPort": WEB, "protocol": "udp"}], "udp"):
+            assert lab.exchange(lab.HOST, ip, 7200, "udp").server == "resolver"
+            for other in "127.0.0.1", "127.0.0.52", site.ip("LAN address", 4):
+                assert lab.exchange(lab.HOST, other, 7200, "udp").server == "dns"
+        port = {"hostPort": 7200, "containerPort": WEB, "protocol": "udp", "hostIP": ip}
+        with site.publish("dns", [port], "udp"):
+            assert lab.exchange(lab.HOST, ip, 7200, "udp").server == "dns"
+
+
+def test_ipv6_localhost_that_cannot_work_is_the_hosts(site):
+    """With br_netfilter the host's own service on [::1] keeps a port that is published on all addresses."""
+    with lab.Server("own", lab.HOST, 7200, "tcp", "::1"), \
+            site.publish("web", [{"hostPort": 7200, "containerPort": WEB}]):
+        server = "own" if site.setting.br_netfilter else "web"
+        assert lab.exchange(lab.HOST, "::1", 7200).server == server
+        assert lab.exchange(lab.HOST, "127.0.0.1", 7200).server == "web"
+
+
+# what somebody does, and what CHECK says then
+CLOSED = [
+    (["sysctl", "-w", "net.ipv4.conf.cni9.route_localnet=0"], "127.0.0.0/8 does not lead through cni9"),
+    (["nft", "flush", "set", "inet", "cni_portmap", "localhost_interfaces"], "is not guarded"),
+    (["ip", "-6", "route", "flush", "table", "local", "::1", "dev", "cni9"], "::1 does not lead through cni9"),
+    (["ip", "link", "set", "cni9", "down"], "::1 does not lead through cni9"),
+]
+
+
+@pytest.mark.parametrize("command, says", CLOSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_localhost_that_somebody_closed(site, command, says, tmp_path):
+    """CHECK says so; restore, and the next ADD, open it again."""
+    if site.setting.br_netfilter:
+        pytest.skip("[::1] is closed with br_netfilter: tried without it")
+    network = lab.Network(lab.bridge_conflist("fresh", "cni9", ("10.99.0.0/16", "fd99::/64")), site.bin_dir)
+    container = lab.Container(network, "fresh", [{"hostPort": 7100, "containerPort": WEB, "protocol": "tcp"}])
+    cache = Cache(tmp_path)
+    cache.remember(container)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lab.delete_link, "cni9")
+        stack.callback(container.remove)
+        stack.enter_context(lab.Server("fresh", container, WEB))
+
+        def answers():
+            return [lab.exchange(lab.HOST, ip, 7100) for ip in ("127.0.0.1", "::1")]
+        before = answers()
+        assert all(before)
+        for mend in "restore", "ADD":
+            lab.nft(*command[1:]) if command[0] == "nft" else lab.run(*command)
+            if "down" in command:
+                lab.bring_up("cni9", "fd99::1/64")
+            with pytest.raises(lab.CniFailed, match=says):
+                container.check()
+            if mend == "restore":
+                lab.run(site.bin_dir.parent / "sbin/cni-portmap", "restore", "--cache", tmp_path)
+            else:
+                lab.call_plugin(site.bin_dir / "portmap", "ADD", network.config(container.ports, container.result),
+                                container.id, container.namespace.path)
+            container.check()
+            assert answers() == before
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -202,3 +301,63 @@ def test_a_mark_of_somebody_else_has_no_effect(site, family):
         marked.sendto(b"who am I?", (site.ip("client", family), 7400))
         marked.recv(2048)
     assert [saw.peer for saw in server.arrivals] == [second]
+
+
+# --- which interface is opened --------------------------------------------------------------------------------
+
+def opened():
+    """The interfaces whose route_localnet is 1, and those with a route for ::1, but loopback."""
+    ipv4 = {path.parent.name for path in pathlib.Path("/proc/sys/net/ipv4/conf").glob("*/route_localnet")
+            if path.read_text() == "1\n"}
+    return ipv4, {device for device, _ in lab.localhost_routes()} - {"lo"}
+
+
+def uplink():
+    """A router, to which the default routes lead."""
+    lan = lab.wire("lan", ("192.0.2.1/24", "2001:db8::1/64"), ("192.0.2.2/24", "2001:db8::2/64"))
+    for gateway in "192.0.2.2", "2001:db8::2":
+        lab.add_route("default", gateway)
+    return lan
+
+
+@pytest.mark.parametrize("link", ["", "to-web"])
+def test_the_uplink_is_not_opened(host, link):
+    """A container whose route has gone (it exits) has the default route: nothing is opened for it."""
+    uplink()
+    if link:
+        lab.add_veth(link, "web0")
+    web = lab.Pod("web", "8080:80", ips=("10.66.0.2/32", "fd66::2/128"), link=link)
+    for _ in range(2):
+        reply = host.call("ADD", web)
+        assert not reply.code and reply.stderr and opened() == (set(), set())
+    with lab.Server("own", lab.HOST, 8080):
+        for ip in "127.0.0.1", "::1":
+            assert lab.exchange(lab.HOST, ip, 8080).server == "own"  # left to it
+
+
+def test_the_parent_of_a_macvlan_is_not_opened(host):
+    """What this host sends out there never comes to the container."""
+    uplink()
+    web = lab.Namespace("web")
+    lab.run("ip", "link", "add", "eth0", "link", "to-lan", "netns", "web", "type", "macvlan", "mode", "bridge")
+    with web:
+        lab.bring_up("eth0", "192.0.2.50/24", "2001:db8::50/64")
+    reply = host.call("ADD", lab.Pod("web", "8080:80", ips=("192.0.2.50/24", "2001:db8::50/64")))
+    assert not reply.code and "to-lan" in reply.stderr and opened() == (set(), set())
+
+
+@pytest.mark.parametrize("open_for_all", [False, True])
+def test_read_only_sysctls(host, open_for_all):
+    """They cost localhost, with a warning, and not the container; nothing where all.route_localnet=1 allows it."""
+    client = lab.wire("client", ("192.0.2.1/24",), ("192.0.2.2/24",))
+    container = lab.wire("web", ("10.20.0.1/24",), ("10.20.0.2/24",))
+    lab.sysctl("net.ipv4.conf.all.route_localnet", int(open_for_all))
+    read_only = lab.in_own_mounts("mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys")
+    web = lab.Pod("web", "8080:80", link="to-web")
+    reply = host.call("ADD", web, *read_only)
+    assert not reply.code and ("cannot publish on 127.0.0.1" in reply.stderr) == (not open_for_all)
+    assert not host.call("CHECK", web, *read_only).code
+    with lab.Server("web", container, 80), lab.Server("own", lab.HOST, 8080, ip="127.0.0.1"):
+        assert lab.exchange(client, "192.0.2.1", 8080) == lab.Saw("web", "192.0.2.2", 80)
+        assert lab.exchange(lab.HOST, "127.0.0.1", 8080).server == ("web" if open_for_all else "own")
+    assert opened() == ({"all"} if open_for_all else set(), set())

@@ -20,6 +20,17 @@ def test_condition_that_cannot_hold(host, ports, condition, names):
     assert lab.state() == []
 
 
+@pytest.mark.parametrize("snat", [True, False])
+def test_an_address_of_this_host(host, snat):
+    """A result that names one would open the host's own services under the published ports."""
+    lab.add_addresses("lo", "10.20.0.2")
+    pod = Pod("web", "22:22", snat=snat)
+    reply = host.call("ADD", pod)
+    assert reply.code == 7 and "10.20.0.2 is an address of this host" in reply.msg, reply
+    assert lab.elements() == {}
+    assert not host.call("ADD", pod.but()).code  # which publishes nothing
+
+
 @pytest.mark.parametrize("condition", ["tcp sport ssh", "ip saddr 10.0.0.0/8 tcp sport { ssh, http }", "ct state new",
                                        "fib saddr type unicast", "ip saddr . tcp sport { 10.0.0.1 . ssh }",
                                        'iifname . ip saddr { "eth0" . 10.0.0.1 }', "ip saddr 10.0.0.1-10.0.0.9"])

@@ -22,3 +22,10 @@ def test_a_machine_that_is_removed_leaves_nothing():
     assert [kind for kind in before if during[kind] != before[kind]] == ["links", "names"]
     machine.remove()
     assert traces() == before
+
+
+def test_the_next_host_of_a_process_has_one_run():
+    """What was at /run before is not below it: containerd takes the lowest mount for the one that counts"""
+    lab.enter()
+    mounts = [line.split()[4] for line in pathlib.Path("/proc/thread-self/mountinfo").read_text().splitlines()]
+    assert mounts.count("/run") == 1

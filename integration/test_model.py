@@ -19,6 +19,7 @@ from lab import TABLE, GcCall, Host, Pod, fork
 STEPS = int(os.environ.get("WALK_STEPS", "2000"))
 SEED = int(os.environ.get("WALK_SEED", random.randrange(1 << 32)))
 
+SANDBOXES, POD = 3, "shop/web"  # the first containers are sandboxes of one pod
 CONTAINERS, SLOTS = 6, 8  # slot: an address; the next container gets a free one, so addresses come again
 INTERFACES = {"eth0": "lan", "net1": "wan"}  # interface: its network
 HOST_IPS = "192.0.2.1", "192.0.2.9", "2001:db8::1"
@@ -36,14 +37,38 @@ class Owned(NamedTuple):
     network: str
     netns: str  # path#inode, "" if the record is lost
     link: str  # of the host's end of its link, as name#index, "" if none is known
+    pod: str  # "namespace/name", "" if none is known
     targets: "tuple[tuple[Claim, str], ...]"
     claims: frozenset[Claim]
-    standby: frozenset[str]  # the container's other interfaces that publish some of it too
+    standby: "tuple[tuple[str, str], ...]"  # who publishes some of it too: interface and container, "" for its own
 
 
-NOBODY = Owned("", "", "", (), frozenset(), frozenset())
+NOBODY = Owned("", "", "", "", (), frozenset(), ())
 State = dict[str, Owned]  # by chain
 BASE = frozenset(("dispatch", "guard", "guard_input", "prerouting", "output", "postrouting"))
+
+
+class Luck(NamedTuple):
+    """What a model cannot know of an ADD.
+
+    `number_is_used`: a dead owner without a link lives by its number, which a namespace of another test has now.
+    `buries`: it meets the dead, for whom others stand by, before it meets the living who refuse it.
+    """
+
+    number_is_used: bool
+    buries: bool
+
+    def is_dead(self, chain: str, owned: Owned, pod: Pod) -> bool:
+        """Whether an owner is dead to a container that asks: for one, if that has its interface in its namespace."""
+        if owned.link:
+            return is_dead(owned)
+        is_replaced = owned.netns.partition("#")[2] == inode(pod.netns) and container_of(chain) != pod.id and \
+            chain.rpartition("/")[2] == pod.ifname
+        return is_replaced or (is_dead(owned) and not self.number_is_used)
+
+
+ALL_LUCK = [Luck(*each) for each in itertools.product((False, True), repeat=2)]
+IMPOSSIBLE = -2  # no call's code
 
 
 class Model:  # noqa: PLW1641  # compared, never in a set
@@ -58,51 +83,112 @@ class Model:  # noqa: PLW1641  # compared, never in a set
     def __repr__(self) -> str:
         return "\n".join([f"base {sorted(self.base)}", *(f"{chain} {owned}" for chain, owned in self.owned.items())])
 
-    def add(self, pod: Pod, number_is_used: bool) -> "tuple[int, Model]":
-        """The code and the state that an ADD leads to.
+    def add(self, pod: Pod, luck: Luck) -> "tuple[int, Model]":
+        """The code and the state that an ADD leads to."""
+        buried = self.buried(pod, luck)
+        if luck.buries or buried is self:
+            return buried._add(pod, luck)
+        code, _ = self._add(pod, luck)
+        return code or IMPOSSIBLE, self
 
-        `number_is_used`: a dead owner without a link lives by its number, which a namespace of another test has now.
-        """
-        wanted = targets_of(pod)
+    def buried(self, pod: Pod, luck: Luck) -> "Model":
+        """The state when an ADD has removed the dead whose ports it wants, and for whom others stand by."""
+        for chain, owned in self._in_the_way(pod):
+            if luck.is_dead(chain, owned, pod) and \
+                    any(container != container_of(chain) for _, container in self._heirs(chain)):
+                return self.without({chain}).buried(pod, luck)
+        return self
+
+    def _in_the_way(self, pod: Pod) -> list[tuple[str, Owned]]:
+        return [(chain, owned) for chain, owned in self.owned.items() if chain != pod.chain and
+                any(overlap(claim, other) for claim in targets_of(pod) for other in owned.claims)]
+
+    def _heirs(self, chain: str) -> list[tuple[str, str]]:
+        """Interface and container of those who stand by for a chain, and are there."""
+        found = dict.fromkeys((ifname, container or container_of(chain))
+                              for ifname, container in self.owned[chain].standby)
+        return [(ifname, container) for ifname, container in found if f"c/{container}/{ifname}" in self.owned]
+
+    def _add(self, pod: Pod, luck: Luck) -> "tuple[int, Model]":
+        wanted, before = targets_of(pod), self.owned.get(pod.chain, NOBODY)
         gone, mates = {pod.chain}, set()
-        for chain, owned in self.owned.items():
-            if chain == pod.chain or not any(overlap(claim, other) for claim in wanted for other in owned.claims):
-                continue
-            if is_dead(owned) and not (number_is_used and not owned.link):
+        for chain, owned in self._in_the_way(pod):
+            if luck.is_dead(chain, owned, pod):
                 gone.add(chain)
-            elif chain.startswith(f"c/{pod.id}/"):
+            elif is_of_this_life(owned, pod) if container_of(chain) == pod.id else is_next_sandbox(pod, owned):
                 mates.add(chain)
             else:
                 return 101, self
-        left = self.without(gone, {*self.owned.get(pod.chain, NOBODY).claims} - {*wanted}).owned
+        left = self.without(gone, {*before.claims} - {*wanted}).owned
         claims = frozenset(wanted).difference(*(self.owned[mate].claims for mate in mates))
-        left[pod.chain] = Owned(pod.network, f"{pod.netns}#{inode(pod.netns)}", link(pod.link),
-                                tuple(sorted(wanted.items())), claims, self.owned.get(pod.chain, NOBODY).standby)
+        left[pod.chain] = Owned(pod.network, f"{pod.netns}#{inode(pod.netns)}", link(pod.link), pod_of(pod),
+                                tuple(sorted(wanted.items())), claims, before.standby)
         for mate in mates:
             if {*wanted} & self.owned[mate].claims:
-                left[mate] = left[mate]._replace(standby=left[mate].standby | {pod.ifname})
+                known = [(ifname, container) for ifname, container in left[mate].standby
+                         if container in ("", pod.id) or f"c/{container}/{ifname}" in self.owned]
+                note = (pod.ifname, "" if container_of(mate) == pod.id else pod.id)
+                left[mate] = left[mate]._replace(standby=tuple(dict.fromkeys((*known, note))))
         return 0, Model(left, BASE)
 
     def without(self, chains: "set[str]", released: "set[Claim] | None" = None) -> "Model":
-        """The model without these attachments. Ports among `released` (default: all) that their container publishes
-        elsewhere too go on there."""
+        """The model without these attachments. Ports among `released` (default: all) go on where somebody stands by:
+        another interface of the container, then the newest sandbox of the pod; last those whose link has gone."""
         left = {chain: owned for chain, owned in self.owned.items() if chain not in chains}
-        for chain in chains & {*self.owned}:
-            container = chain.rpartition("/")[0]
-            for mate in (f"{container}/{ifname}" for ifname in sorted(self.owned[chain].standby)):
-                if mate in left:
-                    freed = {claim for claim in self.owned[chain].claims if claim in dict(left[mate].targets)
-                             and (released is None or claim in released)}
-                    left[mate] = left[mate]._replace(claims=left[mate].claims | freed)
+        for chain in (chain for chain in self.owned if chain in chains):
+            heirs = [who for who in self._heirs(chain) if f"c/{who[1]}/{who[0]}" in left]
+            oldest_first = [*dict.fromkeys(container for _, container in heirs)]
+            free = {claim for claim in self.owned[chain].claims if released is None or claim in released}
+            for who in sorted(heirs, key=lambda who: (
+                    has_no_link_left(left[f"c/{who[1]}/{who[0]}"]), who[1] != container_of(chain),
+                    -oldest_first.index(who[1]))):
+                mate = f"c/{who[1]}/{who[0]}"
+                its = free & wanted_by(left[mate], free)
+                free -= its
+                if its:
+                    notes = ((ifname, "" if container == who[1] else container)
+                             for ifname, container in heirs if (ifname, container) != who)
+                    left[mate] = left[mate]._replace(claims=left[mate].claims | its, standby=tuple(
+                        dict.fromkeys((*left[mate].standby, *notes))))
         return Model(left, self.base)
 
-    def check(self, pod: Pod) -> int:
+    def check(self, pod: Pod, luck: Luck) -> int:
         """The code of a CHECK."""
         wanted, owned = targets_of(pod), self.owned.get(pod.chain)
-        led = {claim for chain, mate in self.owned.items() if chain.startswith(f"c/{pod.id}/") for claim in mate.claims}
+        led = {claim for chain, mate in self.owned.items() if container_of(chain) == pod.id or (
+            is_next_sandbox(pod, mate) and (pod.ifname, pod.id) in mate.standby and not luck.is_dead(chain, mate, pod))
+            for claim in mate.claims}
         whole = owned and owned.targets == tuple(sorted(wanted.items())) and {*wanted} <= led and \
             owned.netns == f"{pod.netns}#{inode(pod.netns)}" and not is_dead(owned)
         return 0 if whole and self.base == BASE else 104
+
+
+def container_of(chain: str) -> str:
+    return chain.split("/")[1]
+
+
+def wanted_by(mate: Owned, free: set[Claim]) -> set[Claim]:
+    """What may be had by one that stands by. Its rule for one address may have come of a port of every address and a
+    condition: so also that of every address, unless it has one of such a rule's addresses, or is offered it."""
+    targets = {*dict(mate.targets)}
+    every = {(claim, ("ipv6" if ":" in claim[0] else "ipv4", *claim[1:])) for claim in targets
+             if not claim[0].startswith("ipv")}
+    has = mate.claims | free
+    return targets | {wildcard for _, wildcard in every} - {wildcard for claim, wildcard in every if claim in has}
+
+
+def pod_of(pod: Pod) -> str:
+    return POD if pod.args else ""
+
+
+def is_of_this_life(owned: Owned, pod: Pod) -> bool:
+    """Whether an owner with a container's ID is in its namespace, as far as is known, and not of an earlier life."""
+    return owned.netns.partition("#")[2] in ("", inode(pod.netns))
+
+
+def is_next_sandbox(pod: Pod, owned: Owned) -> bool:
+    """Whether a container that asks is another sandbox of an owner's pod."""
+    return bool(pod.args) and owned.pod == POD
 
 
 def targets_of(pod: Pod) -> dict[Claim, str]:
@@ -133,6 +219,11 @@ def inode(path: str) -> str:
 def link(name: str) -> str:
     """An interface of the host as name#index, "" for none."""
     return f"{name}#{socket.if_nametoindex(name)}" if name else ""
+
+
+def has_no_link_left(owned: Owned) -> bool:
+    """Whether the host's end of a link is known to be gone."""
+    return bool(owned.link) and is_dead(owned)
 
 
 def is_dead(owned: Owned) -> bool:
@@ -169,12 +260,12 @@ def observed() -> Model:
     for chain, its_rules in rules.items():
         if chain.startswith("c/"):
             record = next((rule["comment"] for rule in its_rules if "comment" in rule), "")
-            found = re.fullmatch(r"net=(\S+) netns=(\S+?)(?: link=(\S+))?", record)
+            found = re.fullmatch(r"net=(\S+) netns=(\S+?)(?: link=(\S+))?(?: pod=(\S+))?", record)
             targets = tuple(sorted(filter(None, map(_target, its_rules))))
-            standby = (re.fullmatch(r"also on (\S+)", rule.get("comment", "")) for rule in its_rules)
-            network, netns, its_link = found.groups("") if found else ("", "", "")
-            owned[chain] = Owned(network, netns, its_link, targets, frozenset(claims.pop(chain, ())),
-                                 frozenset(note[1] for note in standby if note))
+            standby = (re.fullmatch(r"also on (\S+)(?: of (\S+))?", rule.get("comment", "")) for rule in its_rules)
+            network, netns, its_link, its_pod = found.groups("") if found else ("", "", "", "")
+            owned[chain] = Owned(network, netns, its_link, its_pod, targets, frozenset(claims.pop(chain, ())),
+                                 tuple((note[1], note[2] or "") for note in standby if note))
     assert not claims, f"elements of nobody: {claims}"
     pictures = {chain: str((hooks[chain], rules[chain])) for chain in BASE & {*rules}}
     for chain, picture in pictures.items():
@@ -237,7 +328,8 @@ class World:
         """A runtime's present request for a container that lives."""
         slot = self.slots[container]
         pod = Pod(f"c{container}", ips=(f"10.20.{slot}.2/24", f"fd20:{slot}::2/64"), ifname=ifname,
-                  network=INTERFACES[ifname], link=self.random.choice(("", self.devices[container])))
+                  network=INTERFACES[ifname], link=self.random.choice(("", self.devices[container])),
+                  args="K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web" if container < SANDBOXES else "")
         claims: set[Claim] = set()
         for _ in range(self.random.choice((1, 1, 2, 3))):
             ip, port = self.random.choice(PUBLISHED), self.random.choice(HOST_PORTS)
@@ -251,16 +343,16 @@ class World:
 
     # --- calls ---
 
-    def outcome(self, verb: str, what: "Pod | GcCall", model: Model, number_is_used: bool) -> tuple[int, Model]:
+    def outcome(self, verb: str, what: "Pod | GcCall", model: Model, luck: Luck) -> tuple[int, Model]:
         """The model's expectation of a call: its code, and the state after it."""
         if isinstance(what, GcCall):
             return 0, model.without({chain for chain, owned in model.owned.items()
                                     if owned.network == what.network and chain not in what.chains})
         if verb == "ADD":
-            return model.add(what, number_is_used)
+            return model.add(what, luck)
         if verb == "DEL":
             return 0, model.without({what.chain})
-        return model.check(what), model
+        return model.check(what, luck), model
 
     def draw(self, only: str = "") -> "tuple[str, Pod | GcCall]":
         """A call that a runtime may make."""
@@ -283,7 +375,7 @@ class World:
     def call(self, only: str = "") -> None:
         verb, what = self.draw(only)
         self.log[-1] += f": {verb} {describe(what)}"
-        outcomes = [self.outcome(verb, what, self.model, number_is_used) for number_is_used in (False, True)]
+        outcomes = [self.outcome(verb, what, self.model, luck) for luck in ALL_LUCK]
         reply = self.host.call(verb, what) if self.random.random() < 0.04 else fork(verb, what)
         assert reply.code in [code for code, _ in outcomes], reply
         self.settle([expected for code, expected in outcomes if code == reply.code])
@@ -293,7 +385,9 @@ class World:
         verb, what = self.draw()
         instant = self.random.randrange(140)
         self.log[-1] += f": {verb} {describe(what)} at {instant}"
-        expected = [self.outcome(verb, what, self.model, number_is_used)[1] for number_is_used in (False, True)]
+        expected = [self.outcome(verb, what, self.model, luck)[1] for luck in ALL_LUCK]
+        if verb == "ADD" and isinstance(what, Pod):
+            expected += [self.model.buried(what, luck) for luck in ALL_LUCK]
         lab.start_fork(verb, what, stop_at=instant).answer()
         bases = [Model(self.model.owned, model.base) for model in expected]  # ADD repairs the base first
         self.settle([self.model, *expected, *bases])
@@ -310,10 +404,10 @@ class World:
         under_way = [lab.start_fork(verb, what) for verb, what in calls]
         codes = [each.answer().code for each in under_way]
         found, orders = observed(), []
-        for order, number_is_used in itertools.product(itertools.permutations(range(len(calls))), (False, True)):
+        for order, luck in itertools.product(itertools.permutations(range(len(calls))), ALL_LUCK):
             model, expected = self.model, [0] * len(calls)
             for index in order:
-                expected[index], model = self.outcome(*calls[index], model, number_is_used)
+                expected[index], model = self.outcome(*calls[index], model, luck)
             if expected == codes and model == found:
                 self.model = model
                 return
@@ -354,7 +448,7 @@ class World:
             owned[chain] = owned[chain]._replace(claims=owned[chain].claims - {claim})
         else:
             command = f"flush chain {TABLE} {chain}"
-            owned[chain] = owned[chain]._replace(network="", netns="", link="", targets=(), standby=frozenset())
+            owned[chain] = owned[chain]._replace(network="", netns="", link="", pod="", targets=(), standby=())
         self.log[-1] += f": {command}"
         lab.nft_script(command)
         self.settle([Model(owned, base)])

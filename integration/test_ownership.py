@@ -218,7 +218,7 @@ def test_address_used_again(host, late, port):
     """A-B-A: the late end of a container takes nothing from the next one with its address, on its port or another."""
     namespace = lab.Namespace("old")
     old, new = Pod("old", "8080:80", "7070:70"), Pod("new", port)
-    host.add(old)
+    host.add_for_nobody(old)
     namespace.remove()
     host.add(new)
     if late == "DEL":

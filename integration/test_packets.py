@@ -4,28 +4,11 @@ import socket
 
 import lab
 from lab import paths
-from lab.site import Site
+from lab.libcni_cache import Cache
 import pytest
 
 CASES = [(setting, path, family, protocol) for setting in paths.SETTINGS for path in paths.PATHS for family in (4, 6)
          for protocol in ("tcp", "udp") if paths.exists(path, setting, family)]
-
-
-@pytest.fixture(scope="module")
-def sites(each_bin_dir):
-    """A function that makes the site of a setting, or gives the one that is there."""
-    with contextlib.ExitStack() as stack:
-        there = {}
-
-        def site_of(setting):
-            if setting not in there:
-                stack.close()
-                there.clear()
-                if not lab.br_netfilter(setting.br_netfilter):
-                    pytest.skip("no br_netfilter in this kernel: modprobe br_netfilter")
-                there[setting] = stack.enter_context(Site(setting, each_bin_dir))
-            return there[setting]
-        yield site_of
 
 
 @pytest.mark.parametrize("setting, path, family, protocol", CASES,
@@ -40,6 +23,45 @@ def test_path_leads_where_it_should(sites, setting, path, family, protocol):
 def site(sites):
     """The site of the first setting: a bridge, dual stack."""
     return sites(paths.SETTINGS[0])
+
+
+NEIGHBOURS = [path for path in paths.PATHS if path.who in ("neighbour", "stranger", "container") and path.sees]
+BY_NAME = {setting.name: setting for setting in paths.SETTINGS}
+
+
+def answers(site):
+    """Whom the container sees of those who are, or may be, in one of its networks."""
+    return {(path, family): site.try_path(path, family, "tcp", 1) for path in NEIGHBOURS for family in (4, 6)
+            if paths.exists(path, site.setting, family)}
+
+
+@pytest.mark.parametrize("lost", ["both", "the first", "the second", "both, beside one that nft refuses"])
+def test_a_second_network_is_answered_after_restore_too(sites, lost, tmp_path):
+    """What ADD masquerades for a container's other network, restore does, whichever chain was lost."""
+    site = sites(BY_NAME["two networks"])
+    before, container = answers(site), site.container
+    cache = Cache(tmp_path)
+    for attachment in container, site.second:
+        cache.remember(attachment)
+    if "both" in lost:
+        lab.nft_script(f"delete table {lab.TABLE}")
+    else:
+        lab.nft_script(f"flush chain {lab.TABLE} c/{container.id}/{'eth0' if lost == 'the first' else 'eth1'}")
+    if "refuses" in lost:  # so each is restored by itself
+        cache.write(lab.Pod("refused", "7000:80", netns=container.namespace.path, conditionsV4=["ip saddr @gone"]))
+    lab.run(site.bin_dir.parent / "sbin/cni-portmap", "restore", "--cache", tmp_path, check=False)
+    assert answers(site) == before
+    container.check()
+    site.second.check()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_gateway_in_the_lan_takes_masqall(sites, family):
+    """Where the container's gateway is not this host, clients that it routes for are answered with masqAll."""
+    site = sites(BY_NAME["bridge with the uplink, another gateway"])
+    with site.publish("all", [{"hostPort": 7001, "containerPort": paths.WEB}], masqAll=True):
+        saw = lab.exchange(site.places["far client"], site.ip("LAN address", family), 7001)
+    assert saw == lab.Saw("all", site.ip("LAN address", family), paths.WEB)
 
 
 MANY = 1000
@@ -108,6 +130,18 @@ def test_the_family_that_a_container_lacks_is_the_hosts(site):
         answers = [lab.exchange(site.client, site.ip("LAN address", family), 7000) for family in (4, 6)]
     container.remove()
     assert answers == [lab.Saw("only4", site.ip("client", 4), 80), lab.Saw("host", site.ip("client", 6), 7000)]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_without_masquerading_localhost_is_the_hosts(site, family):
+    """With `snat: false` no reply would come back to localhost, so a service of the host there is not hidden."""
+    network = lab.Network(lab.bridge_conflist("plain", "cni5", ("10.91.0.0/16", "fd91::/64"), snat=False), site.bin_dir)
+    container = lab.Container(network, "plain", [{"hostPort": 7000, "containerPort": 80}])
+    with lab.Server("plain", container, 80), lab.Server("host", lab.HOST, 7000):
+        answers = [lab.exchange(*ends, 7000).server for ends in
+                   ((site.client, site.ip("LAN address", family)), (lab.HOST, site.ip("localhost", family)))]
+    container.remove()
+    assert answers == ["plain", "host"]
 
 
 # configuration, who connects from where: whom the container sees

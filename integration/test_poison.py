@@ -49,6 +49,22 @@ def test_a_record_that_nobody_wrote(host, record):
     goes_on(host)
 
 
+def test_a_terminal_gets_plain_text(host):
+    """A record may hold any bytes, escaped; what tells of its owner has none that a terminal would obey."""
+    host.add(WEB)
+    write(chain("c/dead/eth0"), rule("c/dead/eth0", "net=net netns=%1b[2J%0a/x#5"))
+    said = host.command("gc", "--dry-run") + host.command("list")
+    assert "%1b" in said and "\x1b" not in said
+
+
+def test_a_protocol_that_is_none_of_ours(host):
+    """An element for a protocol without a name here is no reason for doctor to end in a traceback."""
+    host.add(WEB)
+    lab.nft_script(f"add element {TABLE} hostports {{ ipv4 . 200 . 80 : goto {WEB.chain} }}")
+    done = subprocess.run([host.cli, "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+
+
 def test_more_ports_than_there_are(host):
     """A rule that compares four bytes from the port on has 65,536 ports, not four billion."""
     host.add(WEB)

@@ -6,6 +6,7 @@ import textwrap
 import lab
 from lab import paths
 from measure import promises
+from measure.paths import policy_table
 
 from cni_portmap import ruleset
 from cni_portmap.attachment import Address, Attachment, Port
@@ -61,8 +62,9 @@ def test_configuration(bin_dir, tmp_path):
 
 
 def column(document, *indexes):
-    """These columns of a document's table, row by row, without its head."""
-    rows = [line.strip("| ").split(" | ") for line in (DOCS / document).read_text().splitlines() if line[:1] == "|"]
+    """These columns of a document's first table, row by row, without its head."""
+    table = re.search(r"(?m)(^\|.*\n)+", (DOCS / document).read_text())[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     return [tuple(row[index] for index in indexes) for row in rows[2:]]
 
 
@@ -72,6 +74,11 @@ def test_paths():
     assert {*column("paths.md", 0, 2)} == expected
     for path, sees, saw in column("paths.md", 0, 2, 3):
         assert saw.partition(";")[0] == ("no" if sees == "nothing" else "yes"), path
+
+
+def test_paths_with_a_policy():
+    """docs/paths.md has who reaches what in each gateway mode, as test_exposure asserts it."""
+    assert policy_table() in (DOCS / "paths.md").read_text()
 
 
 def test_promises():

@@ -42,14 +42,18 @@ class RecordingKernel:
                                        "snapshot": [],
                                        "references": 0, "dry_run": "", "dry_run_apart": "",
                                        "port_in_use": False, "allow_localhost6": "",
-                                       "way_to": ("cni0", True, []), "localhost_obstacle": "", "localnet": True,
+                                       "has_set": False, "element_comments": {}, "members": [],
+                                       "home_of": (("cni0",), False), "way_to": ("cni0", True, []),
+                                       "localhost_obstacle": "", "localnet": True,
                                        "is_noted": True, "has_localhost6": True,
                                        "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
                                        "local_addresses": set(), "noted_and_gone": [],
-                                       "notes_interfaces": True, "has_table": True, "generation": 1, "remove": True}
+                                       "notes_interfaces": True, "has_table": True, "has_reference": False,
+                                       "generation": 1, "write": True, "port_maps": []}
 
     def __init__(self, fails_at: int = 0, **answers: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.written: list[str] = []  # the text of each transaction, also of one that is sent as messages
         self.fails_at, self.answers = fails_at, {**self.EMPTY, **answers}
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +62,10 @@ class RecordingKernel:
         def call(*arguments: Any) -> Any:
             signature.bind(self, *arguments)
             self.calls.append((name, *arguments))
-            assert name not in ("transact", "dry_run") or not crashes_older_nft(*arguments), arguments
+            if name in ("transact", "write"):
+                self.written.append(arguments[0].text() if name == "write" else arguments[0])
+            texts = self.written[-1:] if name in ("transact", "write") else arguments[:1] if name == "dry_run" else ()
+            assert not any(map(crashes_older_nft, texts)), texts
             if len(self.calls) == self.fails_at:
                 raise cni.CniError(cni.IO_FAILURE, f"{name} failed")
             answer = self.answers.get(name)
@@ -81,20 +88,6 @@ class RecordingKernel:
     def named(self, *names: str) -> list[tuple[Any, ...]]:
         """The calls of these methods."""
         return [call for call in self.calls if call[0] in names]
-
-    @property
-    def written(self) -> list[str]:
-        """The text of each transaction; of a removal, which is sent as messages, the text that it stands for."""
-        return [arguments[0] if name == "transact" else _removal(*arguments)
-                for name, *arguments in self.named("transact", "remove")]
-
-
-def _removal(_: int, chains: Iterable[str], elements: "Iterable[ruleset.Element]",
-             inherited: "dict[ruleset.Element, str]", notes: Iterable[tuple[str, str]],
-             interfaces: Iterable[str]) -> str:
-    forgotten = "".join(f"delete element {ruleset.TABLE} {ruleset.LOCALHOST_INTERFACES} {{ {name} }}\n"
-                        for name in interfaces)
-    return ruleset.detach(chains, elements) + ruleset.inherit(inherited, notes) + forgotten
 
 
 def crashes_older_nft(text: str) -> bool:

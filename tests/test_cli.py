@@ -38,7 +38,7 @@ def host(monkeypatch):
     def dnat_rule(raw, _):
         ports = {int(host): to for host, to in json.loads(raw.removesuffix(b"nat\0")).items()}
         return Rule(6, b"\x0a\x58\0\2", b"", 3, ports)
-    monkeypatch.setattr("cni_portmap.verbs.published.DnatRule", dnat_rule)
+    monkeypatch.setattr("cni_portmap.verbs.published.dnat_rules", lambda *given: [dnat_rule(*given)])
     kernel = types.SimpleNamespace(rules=lambda: rules, elements=lambda: found, set_elements=None, leave=lambda: None,
                                    judge=lambda owners: verdicts(owners, "alive"))
     monkeypatch.setattr(cli, "Kernel", lambda: kernel)

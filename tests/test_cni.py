@@ -3,11 +3,12 @@ import json
 import os
 import pathlib
 import subprocess
+import time
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from helpers import PORT, PREV_RESULT, VARIABLES, RecordingKernel, configuration, respond
+from helpers import PORT, PREV_RESULT, ROOT, VARIABLES, RecordingKernel, configuration, respond
 
 from cni_portmap import cni
 
@@ -244,6 +245,25 @@ def test_too_little_memory(error):
     assert (status, json.loads(document)["code"]) == (1, 5) and "memory" in document
 
 
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")])
+def test_too_little_memory_for_an_answer(monkeypatch, error):
+    """Where the answer itself takes more than there is, one is ready."""
+    def fail(*_):
+        raise error
+    read_end, write_end = os.pipe()
+    monkeypatch.setattr(cni, "respond", fail)
+    monkeypatch.setattr(cni.posix, "environ", {b"CNI_COMMAND": b"VERSION"})
+    monkeypatch.setattr(cni, "name_process", lambda verb: None)
+    monkeypatch.setattr(cni.posix, "write", lambda fd, data, write=os.write: write(write_end if fd == 1 else fd, data))
+    try:
+        assert cni.serve({}, "") == 1
+        assert json.loads(os.read(read_end, 4096))["code"] == 5
+    finally:
+        cni._answering.pop("process", None)
+        os.close(read_end)
+        os.close(write_end)
+
+
 # --- results --------------------------------------------------------------------------------------------------
 
 RESULTS = {
@@ -406,3 +426,24 @@ def test_process_reads_to_the_end(executable):
 def test_launcher(executable):
     """The launcher names the distribution's interpreter, isolated and without site."""
     assert pathlib.Path(executable).read_text().splitlines()[0] == "#!/usr/bin/python3 -IS"
+
+
+def test_launcher_without_the_package(executable, tmp_path):
+    """What cannot be loaded, for lack of memory or of files, is one document, too, and no traceback."""
+    launcher = tmp_path / "portmap"
+    launcher.write_text(pathlib.Path(executable).read_text().replace(str(ROOT), str(tmp_path)))
+    launcher.chmod(0o755)
+    done = run(launcher, NO_PORTS, *ADD)
+    assert (done.returncode, done.stderr, json.loads(done.stdout)["code"]) == (1, b"", 5)
+
+
+@pytest.mark.parametrize("verb", cni.VERBS)
+def test_process_name(executable, verb):
+    """The kernel names the process that made a transaction, so the agent knows a call of ours. Linux keeps 15 bytes."""
+    with subprocess.Popen([executable], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env={**ENVIRON, "CNI_COMMAND": verb}) as process:
+        comm, ends = pathlib.Path(f"/proc/{process.pid}/comm"), time.monotonic() + 30
+        while (name := comm.read_text()) != f"cni-portmap/{verb}"[:15] + "\n":
+            assert time.monotonic() < ends, name
+        process.stdin.close()
+        process.stdout.read()

@@ -419,8 +419,12 @@ def test_no_key_is_ignored_for_its_case():
     assert attachment(PORT, ConditionsV4=["ip saddr 10.0.0.1"]).conditions[4] == "ip saddr 10.0.0.1"
     assert names(refusal(MarkMasqBit=99)[0], "markMasqBit")
     given = configuration(PORT)
+    given["runtimeConfig"] = {"PortMappings": given["runtimeConfig"]["portMappings"]}
     loud = {key.upper(): value for key, value in given.items()}
-    assert respond("ADD", loud, RecordingKernel()) == respond("ADD", given, RecordingKernel())
+    kernels = RecordingKernel(), RecordingKernel()
+    assert respond("ADD", loud, kernels[0]) == respond("ADD", configuration(PORT), kernels[1])
+    assert kernels[0].written == kernels[1].written != []
+    assert names(refusal(runtimeConfig={"PortMappings": 1})[0], "runtimeConfig.portMappings")
 
 
 # --- GC -------------------------------------------------------------------------------------------------------
@@ -453,6 +457,9 @@ def test_valid_attachments_refused(key, value, step):
 @pytest.mark.parametrize("args, pod", [
     ("", ""), ("IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-7d9f;K8S_POD_UID=1", "shop/web-7d9f"),
     ("IgnoreUnknown=1;K8S_POD_NAME=web;MAC=9a:fa:f0:a2:4b:83", "web"),  # podman
+    ("IgnoreUnknown=1;K8S_POD_NAMESPACE=web;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=1", "web"),  # podman 3.0
+    ("IgnoreUnknown=1;K8S_POD_NAMESPACE=web;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=1;K8S_POD_UID=", "web"),
+    ("K8S_POD_NAMESPACE=web;K8S_POD_NAME=web;K8S_POD_UID=1", "web/web"),
     ("IgnoreUnknown=1;NERDCTL_CNI_DHCP_HOSTNAME=a15e6884b9c5", "a15e6884b9c5"),
     ("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web;NERDCTL_CNI_DHCP_HOSTNAME=x", "shop/web"),
     ("K8S_POD_NAMESPACE=shop", ""), ("K8S_POD_NAME=", ""), ("K8S_POD_NAME", ""), (";;=;", ""),

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+from cni_portmap.cli.checks import CHECKS, catalogue
 import pytest
 from helpers import ROOT
 
@@ -68,7 +69,7 @@ def options_of(*words):
     """The options that the command's --help names, and its commands."""
     text = subprocess.run([sys.executable, "-m", "cni_portmap", *words, "--help"], cwd=ROOT, capture_output=True,
                           text=True, check=True).stdout
-    return {*re.findall(r"(?m)^  (?:-h, )?(--[\w-]+)", text)}, re.findall(r"(?m)^    ([a-z]+)\b", text)
+    return {*re.findall(r"(?m)^  (?:-h, )?(--[\w-]+)", text)}, re.findall(r"(?m)^    ([a-z-]+)\b", text)
 
 
 def test_man_page_of_the_command():
@@ -108,9 +109,26 @@ def test_error_codes():
     assert {*map(int, re.findall(r"(?m)^\.B (\d+)$", listed))} == codes
 
 
-def test_promises_name_tests():
-    """Each row of docs/promises.md names a test that exists."""
-    named = re.findall(r"`(test_\w+): (test_\w+)`", (ROOT / "docs/promises.md").read_text())
+def test_catalogue_of_doctor():
+    """The causes in troubleshooting.md are doctor's; integration/measure/catalogue.py --write writes them."""
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    assert catalogue.replaced(text) == text
+    assert len({check.slug for check in CHECKS}) == len(CHECKS)
+    known = {check.slug for check in CHECKS}
+    assert {slug for check in CHECKS for slug in check.unless} <= known
+
+
+@pytest.mark.parametrize("document", ["docs/promises.md", "SECURITY.md"])
+def test_named_tests_exist(document):
+    """Each test that a document names exists."""
+    named = re.findall(r"`((?:tests/)?test_\w+): (test_\w+)`", (ROOT / document).read_text())
     assert named
     for file, test in named:
-        assert f"\ndef {test}(" in (ROOT / f"integration/{file}.py").read_text(), (file, test)
+        path = ROOT / f"{file if '/' in file else f'integration/{file}'}.py"
+        assert f"\ndef {test}(" in path.read_text(), (file, test)
+
+
+def test_each_defence_has_a_test():
+    """Each row of SECURITY.md's tables names one."""
+    rows = re.findall(r"(?m)^\| (?!what).* \|$", (ROOT / "SECURITY.md").read_text().partition("### Defended")[2])
+    assert len(rows) > 20 and not [row for row in rows if not re.search(r"`(tests/)?test_\w+: ", row)]

@@ -69,7 +69,8 @@ def loaded(verb, given, *prefix, status=0, **variables):
 @pytest.mark.parametrize("verb, given, extra", [
     ("VERSION", {}, set()), ("ADD", configuration(), set()), ("CHECK", configuration(), set()),
     ("GC", configuration(), set()), ("ADD", configuration(backend="iptables"), set()),
-    ("ADD", configuration(conditionsV4=["-s 10.0.0.1"]), {"cni_portmap.conditions"})])
+    ("ADD", configuration(conditionsV4=["-s 10.0.0.1"]), {"cni_portmap.conditions"}),
+    ("ADD", configuration(gatewayModeV4="nat-unprotected"), {"cni_portmap.exposure", "cni_portmap.ruleset"})])
 def test_no_mappings(verb, given, extra):
     """A call that publishes nothing loads the protocol and the parser; neither nftables nor the kernel module."""
     assert loaded(verb, given) == PROTOCOL | extra
@@ -100,12 +101,13 @@ def test_refused():
 
 @pytest.fixture(scope="module")
 def own_kernel():
-    """The command that runs another in private namespaces, where the host has the container's address."""
+    """The command that runs another in private namespaces, where a link leads to the container's address."""
     root = os.geteuid() == 0
     kinds = ["--net", "--mount", *([] if root else ["--user"])]
     script = "mount -t tmpfs tmpfs /run; mkdir /run/netns; touch /run/netns/web; " \
              "mount --bind /proc/self/ns/net /run/netns/web; ip link set lo up; " \
-             "ip address add 10.88.0.2/16 dev lo; echo ready; exec cat"
+             "ip link add to-web type veth peer name its-end; ip address add 10.88.0.1/16 dev to-web; " \
+             "ip link set to-web up; ip link set its-end up; echo ready; exec cat"
     process = subprocess.Popen(["unshare", *kinds, *([] if root else ["--map-root-user"]), "--propagation", "private",
                                 "sh", "-ec", script],
                                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -127,8 +129,9 @@ def test_life(own_kernel):
         ("DEL", configuration(), PROTOCOL | DELETE),
         ("STATUS", configuration(), PROTOCOL | LINUX | STEPS | binding | {"cni_portmap.verbs.status",
                                                                          "cni_portmap.linux.libnftables"}),
-        ("ADD", attached, adding | FLOWS), ("ADD", attached, adding | FLOWS | READING),
-        ("ADD", configuration(PORT), adding | FLOWS | READING), ("ADD", configuration(PORT), adding | READING),
+        ("ADD", attached, adding | FLOWS), ("ADD", attached, adding | FLOWS | READING | BATCH),
+        ("ADD", configuration(PORT), adding | FLOWS | READING | BATCH),
+        ("ADD", configuration(PORT), adding | READING | BATCH),
         ("CHECK", configuration(PORT), PROTOCOL | LINUX | STEPS | LOCK | READING | binding |
          {"cni_portmap.verbs.check", "cni_portmap.linux.libnftables"}),
         ("GC", gc, PROTOCOL | DELETE | LOCK | {"cni_portmap.verbs.gc"}),
@@ -139,6 +142,33 @@ def test_life(own_kernel):
         found = loaded(verb, given, *own_kernel)
         assert found - LOCK == modules - LOCK, (verb, given)
         assert found & NEVER == set(), verb
+
+
+REFERENCE = "table ip cni_hostport { chain hostports { }; }"
+LEFT = 'add rule ip cni_hostport hostports tcp dport 8080 dnat to 10.88.0.2:80 comment "%s"'
+
+
+@pytest.fixture
+def reference(own_kernel):
+    """A function that runs nft commands in the kernel of these tests; the reference plugin has been there."""
+    def run(text):
+        subprocess.run([*own_kernel, "/usr/bin/python3", "-c", "import nftables, sys\n"
+                        "sys.exit(nftables.Nftables().cmd(sys.argv[1])[0])", text], check=True, timeout=60)
+    run(REFERENCE)
+    yield run
+    run("delete table ip cni_hostport")
+
+
+@pytest.mark.parametrize("verb, given", [
+    ("DEL", configuration()), ("ADD", configuration(PORT)),
+    ("GC", configuration(**{"cni.dev/valid-attachments": []}))])
+def test_where_the_reference_plugin_was(own_kernel, reference, verb, given):
+    """libcni's files are read where it has left rules, and then without the modules that are dear."""
+    assert {"cni_portmap.reference", "cni_portmap.verbs.leftovers"} <= loaded(verb, given, *own_kernel)
+    assert loaded(verb, given, *own_kernel) & NEVER == set()
+    reference(LEFT % VARIABLES["CNI_CONTAINERID"])
+    assert loaded(verb, given, *own_kernel) & NEVER == {"cni_portmap.libcni_cache"}
+    loaded("DEL", configuration(), *own_kernel)
 
 
 def test_own_kernel(own_kernel):
@@ -218,11 +248,14 @@ ROOMS = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path i
 # room: what it may import; `cni` and the package itself may be imported everywhere.
 ARROWS = {
     "__init__": set(), "__main__": {"cli"}, "cni": set(), "attachment": set(), "conditions": {"attachment"},
-    "config": {"attachment", "conditions"}, "explain": {"attachment", "conditions", "config"},
-    "ruleset": {"attachment"}, "linux": {"attachment", "ruleset"}, "verbs": {"attachment", "ruleset", "linux"},
-    "libcni_cache": {"attachment", "config", "linux", "ruleset"},
+    "config": {"attachment", "conditions", "exposure"}, "explain": {"attachment", "conditions", "config", "exposure"},
+    "ruleset": {"attachment"}, "exposure": {"attachment", "ruleset"}, "reference": set(),
+    "linux": {"attachment", "reference", "ruleset"},
+    "verbs": {"attachment", "exposure", "firewall", "libcni_cache", "linux", "reference", "ruleset"},
+    "libcni_cache": {"attachment", "config", "linux", "ruleset"}, "firewall": {"linux"},
     "plugin": {"config", "explain", "linux", "result", "verbs"}, "result": {"attachment"},
-    "cli": {"attachment", "explain", "libcni_cache", "linux", "ruleset", "verbs"},
+    "agent": {"attachment", "config", "libcni_cache", "linux", "ruleset", "verbs"},
+    "cli": {"agent", "attachment", "explain", "firewall", "libcni_cache", "linux", "reference", "ruleset", "verbs"},
 }
 
 
@@ -254,7 +287,9 @@ ALLOWED = {  # room: what of SYSTEM it may import, and why
     "plugin": {"posix"},  # _exit
     "linux": SYSTEM,
     "verbs": {"socket"},  # inet_ntop
-    "libcni_cache": {"os"},  # files
+    "libcni_cache": {"posix"},  # files
+    "agent": {"fcntl", "os", "socket"},  # children, pipes, the sockets that it holds
+    "cli": {"os"},  # paths as the user means them
 }
 
 

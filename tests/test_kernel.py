@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from typing import NamedTuple
 
@@ -61,12 +62,44 @@ def reading(**tables):
 
 def test_owners():
     """Each attachment's chain has an owner, by the comments at its head; other chains have none."""
-    rules = [("output", "cni-portmap 1: x", b""), ("c/a/eth0", "net=lab netns=/r", b""), ("c/a/eth0", "un#7", b""),
+    full = "net=lab netns=/r".ljust(128, "r")
+    rules = [("output", "cni-portmap 1: x", b""), ("c/a/eth0", full, b""), ("c/a/eth0", "un#7", b""),
              ("c/a/eth0", "", b""), ("c/a/eth0", "net=wrong", b""), ("c/b/eth0", "", b"")]
     found = reading(rules=lambda chain="": [rule for rule in rules if chain in ("", rule[0])])
     assert [(owner.chain, owner.network, owner.netns, owner.inode) for owner in found.owners()] == \
-        [("c/a/eth0", "lab", "/run", 7), ("c/b/eth0", "", "", 0)]
+        [("c/a/eth0", "lab", f"{full[14:]}un", 7), ("c/b/eth0", "", "", 0)]
     assert found.owner("c/a/eth0").inode == 7 and found.comments("output") == ["cni-portmap 1: x"]
+
+
+class Growing:
+    """A netlink socket that lists a map whose hash table grows during the first dumps: one key twice, another never."""
+
+    def __init__(self, dumps):
+        self.dumps = [[bytes(4) + nested(3, *(nested(1, nested(1, attribute(1, bytes((0, key)))),
+                                                     nested(2, attribute(1, bytes((0, key))))) for key in part))
+                       for part in parts] for parts in dumps]
+
+    def dump(self, kind, body):
+        return self.dumps.pop(0) if len(self.dumps) > 1 else self.dumps[0]
+
+
+@pytest.mark.parametrize("dumps, keys", [
+    ([[(1, 2), (2, 4)], [(1, 2), (1, 3)], [(1, 2), (3, 4)]], [1, 2, 3, 4]),
+    ([[(1, 2), (3, 4)], [()]], [1, 2, 3, 4]),
+    ([[(1, 2)], [()]], [1, 2]),
+])
+def test_map_that_grows(dumps, keys):
+    """A list with an element twice is not taken, since another is missing in it: it is asked for again."""
+    netlink = Growing(dumps)
+    found = reading(_netlink=lambda: netlink).set_elements(b"m\0")
+    assert [key[1] for key, _ in found] == keys
+
+
+def test_map_that_grows_for_ever():
+    """After a hundred such lists the call fails, and says why."""
+    with pytest.raises(CniError) as caught:
+        reading(_netlink=lambda: Growing([[(1, 2), (2, 4)]])).set_elements(b"m\0")
+    assert "kept changing" in str(caught.value)
 
 
 def rule_of(*parts):
@@ -94,7 +127,7 @@ def test_snapshot():
                  pictured(None, []), pictured(hook, [rule_of(("lookup", {1: b"__set0\0", 2: b"r"}))], sets),
                  pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"__set2\0", 2: b"r"}))], sets),
                  pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"__set0\0", 2: b"q"}))], sets),
-                 pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"named\0", 2: b"r"}))], sets),
+                 pictured(hook, [rule_of(("counter", {}), ("lookup", {1: b"hostports\0", 2: b"r"}))], sets),
                  pictured(hook, [rule_of(("counter", {}), ("meta", {1: b"__set0\0", 2: b"r"}))], sets)]
     assert found not in different and different[2] == []
 
@@ -171,6 +204,18 @@ def test_a_path_that_hangs(monkeypatch):
     assert Kernel().namespace_soon("/") == 0
 
 
+def test_a_path_that_does_not_hang(monkeypatch):
+    """A child that lacks only a processor is waited for: a busy host is no proof that a path hangs."""
+    def compute(self, path):
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return 7
+    monkeypatch.setattr(alive, "PATH_SECONDS", 0.01)
+    monkeypatch.setattr(Kernel, "namespace", compute)
+    assert Kernel().namespace_soon("/") == 7
+
+
 def test_links():
     """A link is there, gone, or its index is another name's; one that is no end of a pair goes with no container."""
     cases = {"lo#1": True, "renamed#1": None, "lo#2147483646": False, "lo#4294967295": False, f"lo#{1 << 64}": False}
@@ -233,6 +278,26 @@ def test_sight_is_looked_for_once(monkeypatch):
 def test_octal_paths():
     """mountinfo writes spaces in octal."""
     assert alive._unescape("/run/my\\040netns\\134x") == "/run/my netns\\x" and alive._unescape("/run") == "/run"
+
+
+OF_A_PROCESS = {"ns/pid": alive.FIRST_PID_NAMESPACE, "ns/user": "user:[1]", "ns/net": "net:[5]", "ns/mnt": "mnt:[6]",
+                "root": "/"}
+
+
+@pytest.mark.parametrize("error", [2, 3, 22])
+def test_process_that_ends_while_it_is_looked_at(monkeypatch, error):
+    """The mounts that it does not show any more are those of the next process in its mount namespace."""
+    def read(path):
+        if path == "/proc/1/mountinfo":
+            raise OSError(error, "it has ended")
+        return "1 2 0:3 / /proc rw - proc proc rw\n7 2 0:4 net:[77] /run/netns/web rw - nsfs nsfs rw\n"
+    kept = {"O_RDONLY": 0, "strerror": str}
+    monkeypatch.setattr(alive, "_read", read)
+    monkeypatch.setattr(alive, "posix", types.SimpleNamespace(
+        **kept, readlink=lambda path: OF_A_PROCESS["/".join(path.split("/")[3:]) if "/task/" not in path else "ns/net"],
+        listdir=lambda path: {"/proc": ["1", "2"]}.get(path, ["1"] if path.endswith("task") else [])))
+    sight = alive.Sight()
+    assert (sight.held, sight.mounted, sight.obstacle) == ({"net:[5]", "net:[77]"}, {"/run/netns/web"}, "")
 
 
 # --- libnftables ----------------------------------------------------------------------------------------------
@@ -468,6 +533,29 @@ def test_what_leads_to_the_container(monkeypatch, links, kind, master, leads):
     assert Kernel().way_to(4, "10.88.0.2", links) == ("cni0", leads, ["10.88.0.0/16"])
 
 
+LINKS = {1: ("cni0", "bridge", 0), 2: ("veth1", "veth", 1), 3: ("veth2", "veth", 0), 4: ("blue", "vrf", 0),
+         5: ("cni1", "bridge", 4), 6: ("veth3", "veth", 5), 7: ("veth4", "veth", 4), 8: ("vlan7", "vlan", 0)}
+
+
+@pytest.mark.parametrize("route, links, home", [
+    (1, ["cni0", "veth1"], (("cni0",), False)), (0, ["veth1"], (("cni0",), False)), (0, [], ((), False)),
+    (3, ["veth2"], (("veth2",), True)), (8, ["veth1"], (("vlan7", "cni0"), True)),
+    (0, ["cni1", "veth3"], None), (0, ["veth3"], None), (0, ["veth4"], None), (7, [], None)])
+def test_where_a_container_is_at_home(monkeypatch, route, links, home):
+    """What leads to it and the bridge of its link; a port of a VRF is refused, since all its ports look alike."""
+    by_name = {name: master for name, _, master in LINKS.values()}
+    monkeypatch.setattr(netlink, "route_interface", lambda family, ip: route)
+    monkeypatch.setattr(netlink, "link_kind", lambda index: LINKS[index][1])
+    monkeypatch.setattr(netlink, "master_of", by_name.get)
+    monkeypatch.setattr(kernel, "if_indextoname", lambda index: LINKS[index][0])
+    if home:
+        assert Kernel().home_of(4, "10.88.0.2", links) == home
+        return
+    with pytest.raises(CniError, match=r"10\.88\.0\.2: .*VRF") as caught:
+        Kernel().home_of(4, "10.88.0.2", links)
+    assert caught.value.code == 7
+
+
 @pytest.mark.parametrize("code, name", [(101, "cni0"), (97, "cni0"), (0, 'x";drop'), (24, "")])
 def test_no_way_to_the_container(monkeypatch, code, name):
     """No route, no IPv6, or a name that nft text cannot hold is no way; a fault of the system is an error."""
@@ -493,11 +581,16 @@ def test_noted():
     assert (host.noted(), host.noted_and_gone()) == ({"lo": "x", "nobody0": "x"}, ["nobody0"])
 
 
-@pytest.mark.parametrize("bridged, kind, says", [
-    (b"", "bridge", ""), (b"0", "bridge", ""), (b"1", "veth", ""), (b"1", "bridge", "bridge-nf-call-ip6tables")])
-def test_localhost6_on_a_bridge(monkeypatch, bridged, kind, says):
-    """A bridge whose replies are translated too early is an obstacle."""
-    monkeypatch.setattr(kernel, "read", lambda path: bridged)
+BRIDGED, SRV6 = "/proc/sys/net/bridge/bridge-nf-call-ip6tables", "/proc/sys/net/ipv6/conf/%s/seg6_enabled"
+
+
+@pytest.mark.parametrize("settings, kind, says", [
+    ({}, "bridge", ""), ({BRIDGED: b"0"}, "bridge", ""), ({BRIDGED: b"1"}, "veth", ""),
+    ({BRIDGED: b"1"}, "bridge", "bridge-nf-call-ip6tables"), ({SRV6 % "all": b"1", SRV6 % "lo": b"0"}, "veth", ""),
+    ({SRV6 % "all": b"1", SRV6 % "lo": b"1"}, "veth", "conf.lo.seg6_enabled")])
+def test_obstacles_of_localhost6(monkeypatch, settings, kind, says):
+    """A bridge whose replies are translated too early, and an interface whose packets choose their way."""
+    monkeypatch.setattr(kernel, "read", lambda path: settings.get(path, b""))
     monkeypatch.setattr(netlink, "link_kind", lambda index: kind)
     found = Kernel().localhost_obstacle(6, "lo")
     assert says in found and bool(found) == bool(says)
@@ -567,9 +660,36 @@ def test_delete_flows(monkeypatch, flows, filters, able, log):
     monkeypatch.setattr(conntrack, "read", lambda path, size=1: str(len(flows)).encode() if flows else b"")
     monkeypatch.setattr(conntrack, "Conntrack", found)
     monkeypatch.setattr(conntrack, "MANY_FLOWS", 3)
+    monkeypatch.setattr(conntrack, "TRACKED", "/nowhere")
     Kernel().delete_flows(17, lambda: filters, lambda flow: flow != MINE)
     assert [flow for flow in found.live if flow != MINE] == [] and found.live.count(MINE) == flows.count(MINE)
     assert found.log[:len(log)] == log and ("list" in found.log) == ("list" in log)
+
+
+UDP6 = "ipv6     10 udp      17 29 src=2001:db8::1 dst=fd20::1 sport=4000 dport=80 src=fd20::2 dst=2001:db8::1 " \
+    "sport=8080 dport=4000 mark=0 zone=0 use=2\n"
+TCP4 = "ipv4     2 tcp      6 431999 ESTABLISHED src=192.0.2.1 dst=192.0.2.2 sport=80 dport=443 src=10.20.0.2 " \
+    "dst=192.0.2.1 sport=443 dport=80 [ASSURED] mark=0 zone=0 use=2\n"
+IGMP = "unknown  2 unknown  2 597 src=0.0.0.0 dst=224.0.0.1 [UNREPLIED] src=224.0.0.1 dst=0.0.0.0 mark=0 use=2\n"
+
+
+@pytest.mark.parametrize("text, family, protocol, port, listed", [
+    (UDP6, 6, 17, 80, True), (UDP6, 4, 17, 80, False), (UDP6, 6, 6, 80, False), (UDP6, 6, 17, 8080, False),
+    (UDP6, 6, 17, 4000, False), (TCP4 * 3 + IGMP + UDP6, 6, 17, 80, True), (TCP4 + IGMP, 4, 6, 443, True),
+    (TCP4 + IGMP, 4, 6, 80, False), ("", 4, 6, 80, False), (None, 4, 6, 80, True)])
+def test_flows_are_listed_where_there_may_be_some(monkeypatch, tmp_path, text, family, protocol, port, listed):
+    """A list of flows is asked for only if /proc has one to the port, or says nothing; or if it has many."""
+    path = tmp_path / "nf_conntrack"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(conntrack, "TRACKED", str(path))
+    filters = [(family, port, b"", b"")] * 1000
+    for count, expected in (3, listed), (conntrack.FEW_TRACKED, True):
+        found = Conntrack([], able=False)
+        monkeypatch.setattr(conntrack, "Conntrack", found)
+        monkeypatch.setattr(conntrack, "read", lambda path, size=1, count=count: str(count).encode())
+        Kernel().delete_flows(protocol, lambda: filters, lambda flow: True)
+        assert ("list" in found.log) == expected
 
 
 def test_delete_flows_fails(monkeypatch, capfd):

@@ -52,9 +52,11 @@ def test_remembered(tmp_path):
     {"netns": None, "result": {**PREV_RESULT, "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": NETNS}]}},
     {"networkName": None}, {"config": {"cniVersion": "1.0.0", "name": "lab", **CONFLIST["plugins"][-1]}},
     {"config": {**CONFLIST, "cniVersion": ""}}, {"config": {"name": "lab", "plugins": CONFLIST["plugins"]}},
-    {"unknown": 1}])
+    {"unknown": 1},
+    {"capabilityArgs": {"PortMappings": [PORT]},
+     "config": {**CONFLIST, "plugins": [{"Type": "portmap", "Capabilities": {"PortMappings": True}}]}}])
 def test_variants(tmp_path, changes):
-    """Older libcni has no netns in its files; a configuration may be no list, and have no version."""
+    """Older libcni has no netns in its files; a configuration may be no list, have no version, and other capitals."""
     write(tmp_path, **changes)
     [found] = read(tmp_path)
     assert isinstance(found, Attachment) and found.netns == NETNS
@@ -65,6 +67,7 @@ def test_variants(tmp_path, changes):
     ({"netns": "\0"}, "CNI_NETNS"), ({"netns": None}, "is gone"),
     ({"netns": None, "result": {"ips": [{"address": "10.88.0.2/16"}]}}, "is not known"),
     ({"kind": "x"}, "not a file of libcni"),
+    ({"capabilityArgs": {"PortMappings": [PORT]}}, "publishes nothing"),  # libcni finds no such capability
     ({"capabilityArgs": None}, "publishes nothing"), ({"capabilityArgs": {"portMappings": []}}, "publishes nothing"),
     ({"config": {**CONFLIST, "plugins": [{"type": "bridge"}]}}, "publishes nothing"),
     ({"config": "%%"}, "not a file of libcni"), ({"config": 1}, "not a file of libcni"),
@@ -125,8 +128,9 @@ def test_any_kind_of_file(tmp_path):
         file.truncate(3 << 30)
     write(tmp_path, "good")
     found = dict(libcni_cache.Memory([tmp_path, tmp_path / "good", "/proc/self/mem"]).found)
-    assert {path.name for path in found} == {"sparse", "good"} and isinstance(found[tmp_path / "good"], Attachment)
-    assert "larger than 32 MiB" in str(found[tmp_path / "sparse"])
+    assert {*found} == {f"{tmp_path}/sparse", f"{tmp_path}/good"}
+    assert isinstance(found[f"{tmp_path}/good"], Attachment)
+    assert "larger than 32 MiB" in str(found[f"{tmp_path}/sparse"])
 
 
 def test_a_file_that_becomes_another(tmp_path, monkeypatch):

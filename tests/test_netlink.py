@@ -8,8 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from cni_portmap import ruleset
 from cni_portmap.cni import CniError
-from cni_portmap.linux import conntrack, expressions, netlink, table
+from cni_portmap.linux import batch, conntrack, expressions, netlink, table
 from cni_portmap.linux.kernel import Kernel
 from cni_portmap.linux.netlink import attribute, attributes, nested
 
@@ -112,7 +113,7 @@ def test_attributes_of_anything(data, at):
 @hypothesis.given(st.binary(max_size=60))
 def test_comment_of_anything(data):
     """Any user data has a comment, or none."""
-    assert type(table._comment(data)) is str
+    assert type(table.comment_in(data)) is str
 
 
 @pytest.mark.parametrize("userdata, comment", [
@@ -121,7 +122,7 @@ def test_comment_of_anything(data):
     (b"\x05\xff", "")])
 def test_comment(userdata, comment):
     """libnftnl's type, length, value; the first comment counts, and what is cut short ends where it ends."""
-    assert table._comment(userdata) == comment
+    assert table.comment_in(userdata) == comment
 
 
 # --- questions and answers ------------------------------------------------------------------------------------
@@ -262,9 +263,10 @@ def test_lookup(wire):
 
 def test_elements(wire):
     """All elements of a map, in as many messages as they come; none without the map."""
-    many = message(1, bytes(4) + name(1, "t") + nested(3, element(KEY, "a"), element(OTHER, "b")), MULTI)
-    wire(many + many, DONE_MESSAGE)
-    assert [*table.Table("t")._verdicts("hostports")] == [(KEY, b"a\0"), (OTHER, b"b\0")] * 2
+    parts = [message(1, bytes(4) + name(1, "t") + nested(3, element(key, chain)), MULTI)
+             for key, chain in ((KEY, "a"), (OTHER, "b"))]
+    wire(b"".join(parts), DONE_MESSAGE)
+    assert [*table.Table("t")._verdicts("hostports")] == [(KEY, b"a\0"), (OTHER, b"b\0")]
     wire(error(ENOENT))
     assert [*table.Table("t")._verdicts("hostports")] == []
     wire(error(EPERM))
@@ -285,7 +287,8 @@ FOREIGN = ["mine", "c/x/y; add table ip pwned", "c/x", "c/x/y z", "c//eth0", "c/
 def test_names_that_are_not_ours_are_not_read(wire):
     """Chains that others made, and elements that lead there, have no name here: none gets into nft text."""
     chains = [name for other in FOREIGN for name in (other, "c/x/eth0")]
-    many = b"".join(message(1, bytes(4) + nested(3, element(KEY, chain)), MULTI) for chain in chains) + DONE_MESSAGE
+    many = b"".join(message(1, bytes(4) + nested(3, element(bytes((index, 0, 0, 0)) + KEY[4:], chain)), MULTI)
+                    for index, chain in enumerate(chains)) + DONE_MESSAGE
     wire(many, many, DONE_MESSAGE, many)
     tables = table.Table("t")
     ours = ["", "c/x/eth0"] * len(FOREIGN)
@@ -293,9 +296,9 @@ def test_names_that_are_not_ours_are_not_read(wire):
     assert [chain for chain, _ in tables.owners_of_port("hostports", [KEY[-8:]])] == ours
     wire(b"".join(message(6, rule(chain), MULTI) for chain in chains) + DONE_MESSAGE)
     assert [chain for chain, *_ in table.Table("t").rules()] == ours
-    wire(b"".join(message(6, bytes(4) + name(1, "t") + name(3, chain) + attribute(2, bytes((0, 0, 0, 7))), MULTI)
-                  for chain in chains) + DONE_MESSAGE)
-    assert table.Table("t").handles() == {"": 7, "c/x/eth0": 7}
+    wire(b"".join(message(6, rule(chain) + attribute(3, bytes((0, 0, 0, handle))), MULTI)
+                  for handle, chain in enumerate(chains, 7)) + DONE_MESSAGE)
+    assert table.Table("t").handles() == {"": 7, "c/x/eth0": 8}
     wire(message(1, bytes(4) + nested(3, element(KEY, FOREIGN[1]))))
     assert table.Table("t").lookup([("hostports", KEY)]) == {("hostports", KEY): ""}
 
@@ -413,8 +416,18 @@ def test_no_dnat_rule(raw):
 # --- transactions that remove ---------------------------------------------------------------------------------
 
 WEB4, WEB6 = ("hostports", KEY), ("hostip6_hostports", bytes(range(24)))
-DELCHAIN, NEWRULE, NEWSETELEM, DELSETELEM = 0xa05, 0xa06, 0xa0c, 0xa0e
-REMOVAL = 7, ["c/a/eth0", "c/b/eth0"], [WEB4, WEB6], {WEB4: "c/a/eth1"}, [("c/a/eth1", "eth2")], ["veth9"]
+NEWCHAIN, DELCHAIN, NEWRULE, DELRULE, NEWSETELEM, DELSETELEM = 0xa03, 0xa05, 0xa06, 0xa08, 0xa0c, 0xa0e
+
+
+def change(chains=(), elements=(), leads=None, notes=(), forgotten=(), stale_notes=()):
+    """A change that removes."""
+    found = ruleset.Change()
+    found.chains, found.elements, found.leads = [*chains], dict.fromkeys(elements, "c/a/eth0"), leads or {}
+    found.notes, found.forgotten, found.stale_notes = [*notes], [*forgotten], [*stale_notes]
+    return found
+
+
+REMOVAL = change(["c/a/eth0", "c/b/eth0"], [WEB4, WEB6], {WEB4: "c/a/eth1"}, [("c/a/eth1", "eth2", "")], ["veth9"]), 7
 
 
 def tree(data, at=0):
@@ -432,7 +445,7 @@ def test_removal(wire):
     """One datagram: elements go before their chain, and what is inherited comes after it. With another generation
     than this the kernel refuses it."""
     there = wire(error(0, 8))
-    assert Kernel().remove(*REMOVAL) and there.datagrams_sent == 1
+    assert Kernel().write(*REMOVAL) and there.datagrams_sent == 1
     begin, *commands, end = there.sent
     assert begin == (0x10, 1, bytes((0, 0, 0, 10)) + attribute(1, bytes((0, 0, 0, 7))))
     assert end == (0x11, 1, bytes((0, 0, 0, 10)))
@@ -450,6 +463,39 @@ def test_removal(wire):
                           (7, b"\0\x0dalso on eth2\0")])]
 
 
+def test_what_stays():
+    """A chain that comes again gets other rules, and what leads there stays, in the maps and in the sets of exposure;
+    but not what led elsewhere, is another's, or leads to a chain that is made anew. What stays may be there."""
+    again = change(["c/a/eth0", "c/b/eth0"], [WEB4, WEB6], {WEB4: "c/a/eth0", WEB6: "c/a/eth0"})
+    again.elements[WEB6] = "c/b/eth0"
+    same, others, jump, new_jump = [("guarded4", bytes(3) + bytes((n,)), b"", value)
+                                    for n, value in enumerate((b"", b"", "c/a/eth0", "c/b/eth0"))]
+    again.removed = {same: "mine", others: "another's", jump: "mine", new_jump: "mine"}
+    again.created = {same: "mine", others: "mine", jump: "mine", new_jump: "mine"}
+    found = [(kind, flags & 0x200, tree(body, 4))
+             for kind, flags, body, _ in batch.commands(7, again, kept={"c/a/eth0"})][1:-1]
+    keys = {about: [element[0][1][0][1] for *its, parts in found if (*its,) == about for _, element in parts[2][1]]
+            for about in ((DELSETELEM, 0), (NEWSETELEM, 0x200), (NEWSETELEM, 0))}  # NLM_F_EXCL
+    come = [WEB6[1], others[1], new_jump[1]]
+    assert [*keys.values()] == [come, come, [WEB4[1], same[1], jump[1]]]
+    ours = (1, b"cni_portmap\0")
+    assert [(kind, parts) for kind, _, parts in found if kind not in (DELSETELEM, NEWSETELEM)] == [
+        (NEWCHAIN, [ours, (3, b"c/a/eth0\0")]), (DELRULE, [ours, (2, b"c/a/eth0\0")]),
+        (DELCHAIN, [ours, (3, b"c/b/eth0\0")])]
+
+
+def test_notes_of_sandboxes(wire):
+    """A rule that notes a sandbox that is gone goes by its handle, and one that notes the next comes."""
+    there = wire(error(0, 3))
+    notes = change(notes=[("c/a/eth0", "eth0", "b")], stale_notes=[("c/a/eth0", bytes((0, 0, 0, 0, 0, 0, 0, 9)))])
+    assert notes.removes() and Kernel().write(notes)
+    _, (kind, flags, body), (added, _, its), _ = there.sent
+    assert (kind, flags, tree(body, 4)) == (
+        DELRULE, 1, [(1, b"cni_portmap\0"), (2, b"c/a/eth0\0"), (3, bytes((0, 0, 0, 0, 0, 0, 0, 9)))])
+    assert added == NEWRULE and tree(its, 4)[-1] == (7, b"\0\x12also on eth0 of b\0")
+    assert "delete rule inet cni_portmap c/a/eth0 handle 9\n" in notes.text()
+
+
 @pytest.mark.parametrize("code, sequence, says", [
     (EBUSY, 5, "Device or resource busy, in: delete chain inet cni_portmap c/a/eth0"),
     (EINVAL, 2, "Invalid argument, in: delete element inet cni_portmap hostports"),
@@ -459,7 +505,7 @@ def test_removal_refused(wire, code, sequence, says):
     """The kernel's word on the first message that it refuses, and what that was to do."""
     wire(error(code, sequence) + error(ENOENT, 8), error(0, 8), message(0xa00, bytes(4)))
     with pytest.raises(CniError) as caught:
-        Kernel().remove(*REMOVAL)
+        Kernel().write(*REMOVAL)
     assert (caught.value.code, caught.value.args[0]) == (100, f"nftables rejected the transaction: {says}")
     assert ("root" in caught.value.details) == (code == EPERM)
 
@@ -468,7 +514,7 @@ def test_removal_refused(wire, code, sequence, says):
 def test_removal_is_stale(wire, code, sequence):
     """Where the ruleset is not the one that was read, nothing is written, and that is no error."""
     there = wire(error(code, sequence))
-    assert not Kernel().remove(*REMOVAL)
+    assert not Kernel().write(*REMOVAL)
     assert there.datagrams == []
 
 
@@ -478,7 +524,7 @@ def test_removal_cannot_be_sent(wire):
         raise OSError(90, "too long")
     wire().send = send
     with pytest.raises(CniError, match="cannot write nf_tables: Message too long") as caught:
-        Kernel().remove(*REMOVAL)
+        Kernel().write(*REMOVAL)
     assert caught.value.code == 5
 
 
@@ -486,11 +532,11 @@ def test_removal_cannot_be_sent(wire):
 def test_removal_of_every_port(wire, denied):
     """65,535 ports are one datagram, for which the socket's buffer is made large enough; each list fits its attribute.
     """
-    there = wire(error(0, 68))
+    there = wire(error(0, 29))
     there.denied = {netlink.SO_SNDBUFFORCE} if denied else set()  # in a user namespace it is
     keys = [("hostports", KEY[:8] + struct.pack(">HH", port, 0)) for port in range(1, 65536)]
-    assert Kernel().remove(1, ["c/a/eth0"], keys, {}, [], [])
-    assert (there.datagrams_sent, len(there.sent)) == (1, 1 + 66 + 1 + 1)
+    assert Kernel().write(change(["c/a/eth0"], keys), 1)
+    assert (there.datagrams_sent, len(there.sent)) == (1, 1 + 27 + 1 + 1)
     found = [element for kind, _, body in there.sent if kind == DELSETELEM for element in tree(body, 4)[2][1]]
     assert found == [(1, [(1, [(1, key)])]) for _, key in keys]
     size = sum(16 + len(body) for _, _, body in there.sent)
@@ -509,7 +555,7 @@ def test_generation(wire):
     first, second = "c/a/eth0", "c/b/eth0"
     asked = [first, second, first, second]
     assert [kernel.rules(chain)[0][0] for chain in asked] == asked and len(there.sent) == 3
-    assert not kernel.remove(65538, [first], [], {}, [], [])
+    assert not kernel.write(change([first]), 65538)
     for _ in range(2):
         assert kernel.rules(first)[0][0] == first
     assert kernel.generation() == 65538 and kernel.rules(first) and there.datagrams == []

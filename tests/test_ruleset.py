@@ -2,7 +2,8 @@
 
 Goldens are rewritten by UPDATE_GOLDENS=1 /usr/bin/python3 -m pytest tests/test_ruleset.py; then read the difference.
 Each is one transaction. `base` loads into an empty kernel; after it `repair` and each attach-*; after attach-dual-stack
-`detach`, `replace` and `second-interface`; after that `inherit`.
+`detach`, `replace` and `second-interface`; after that `inherit`. After `base` comes `exposure`, and after that the
+others with its name.
 """
 import hashlib
 import os
@@ -17,7 +18,7 @@ import pytest
 from helpers import (CHAIN, PORT, VARIABLES, RecordingKernel, attachment, base, configuration, crashes_older_nft,
                      elements, respond, using)
 
-from cni_portmap import ruleset
+from cni_portmap import exposure, ruleset
 from cni_portmap.attachment import PROTOCOLS, Address, Attachment, Port
 from cni_portmap.linux import table
 
@@ -39,6 +40,23 @@ SECOND = attachment(PORT, environ={**VARIABLES, "CNI_IFNAME": "eth1"},
                     prevResult={"ips": [{"address": "10.99.0.2/16"}, {"address": "fd99::2/64"}]})
 LONG = {"CNI_CONTAINERID": "a" * 300, "CNI_NETNS": '/run/netns/a "b"; c\n#é', "CNI_IFNAME": "e@b+c~d=e,f"}
 
+def exposed(mode, *ports, **keys):
+    """The commands for a container with a policy: its chains and elements."""
+    found = attachment(*ports, gatewayModeV4=mode, gatewayModeV6=mode, **keys)
+    conditional = exposure.conditional_rules(found)
+    return ruleset.attach(found) + \
+        (ruleset.created(ruleset.chain_of_conditions(CHAIN), conditional) if conditional else "") + \
+        exposure.commands((), exposure.created_for(found, CHAIN))[1]
+
+
+def exposure_base():
+    """The commands that make the shared chains of exposure."""
+    known = {**ruleset.SHARED, **exposure.SHARED}
+    return ruleset.base({name: ruleset.shared_rules(name, [], (), known) for name in exposure.SHARED}, (), known,
+                        exposure.declarations())
+
+
+TRUSTING = {"trustedHostInterfaces": ["wg0", "veth1a2b@if3"], "outgoingSourceV4": "192.0.2.9"}
 CASES = {
     "base": base,
     "repair": lambda: base(["guard"], ("dispatch", "output", "postrouting"), {13, 5}),
@@ -51,6 +69,10 @@ CASES = {
     "attach-identity-range": lambda: attach(*(port(n, n, "udp", "0.0.0.0")
                                               for n in [9003, 9000, 9001, 9002, 9010, 65535, 65534])),
     "attach-shifted": lambda: attach(*(port(8000 + n, 80 + n) for n in range(9)), port(443, 443)),
+    "attach-many-shifted": lambda: attach(*(port(8000 + n, 80 + n, protocol) for n in range(11)
+                                            for protocol in ("tcp", "udp")), port(53, 5353, "udp"),
+                                          *(port(8443, n, ip=f"127.0.0.{n}") for n in (1, 2)), port(443, 443),
+                                          conditionsV4=["-s 10.0.0.0/8"]),
     "attach-no-snat": lambda: attach(PORT, snat=False),
     "attach-masq-all": lambda: attach(PORT, masqAll=True),
     "attach-mark-bit": lambda: attach(PORT, markMasqBit=31),
@@ -63,6 +85,11 @@ CASES = {
     "second-interface": lambda: ruleset.attach(SECOND, elements(WEB)) + ruleset.standby_note(CHAIN, "eth1"),
     "note-interfaces": lambda: ruleset.note_interfaces({"cni0": ruleset.OPENED, "veth1a2b@if3": ruleset.WAS_OPEN}),
     "inherit": lambda: ruleset.detach([CHAIN], elements(WEB)) + ruleset.map_elements(elements(WEB), "c/web-1/eth1"),
+    "exposure": exposure_base,
+    "exposure-nat": lambda: exposed("nat", PORT, port(8443, 443, ip="127.0.0.1"), **TRUSTING),
+    "exposure-routed": lambda: exposed("routed", PORT, port(53, 53, "udp"), port(3868, 3868, "sctp"),
+                                       conditionsV4=["ip saddr 10.0.0.0/8"]),
+    "exposure-isolated": lambda: exposed("isolated"),
     "replace": lambda: ruleset.detach([CHAIN], elements(WEB)) + attach(PORT, port(8443, 443)),
 }
 
@@ -103,7 +130,13 @@ def test_what_crashes_older_nft(text, crashes):
 def test_version():
     """A change of SHARED raises BASE_VERSION, or hosts keep the old base: add the new number and hash here."""
     text = base(bits=range(32)).replace(f"{ruleset.COMMENT_PREFIX}{ruleset.BASE_VERSION}: ", "")
-    assert {ruleset.BASE_VERSION: hashlib.sha256(text.encode()).hexdigest()[:16]} == {3: "0c17304147b72cc1"}
+    assert {ruleset.BASE_VERSION: hashlib.sha256(text.encode()).hexdigest()[:16]} == {3: "f351d710cc938341"}
+
+
+def test_version_of_exposure():
+    """The same for the shared chains of exposure."""
+    text = exposure_base().replace(f"{ruleset.COMMENT_PREFIX}{ruleset.BASE_VERSION}: ", "")
+    assert {ruleset.BASE_VERSION: hashlib.sha256(text.encode()).hexdigest()[:16]} == {3: "88599d1831984ab8"}
 
 
 def test_repair_keeps_attachments():
@@ -209,10 +242,16 @@ def test_record_of_a_pod():
     assert "".join(comments).startswith(f"net={'n' * 60} netns=/run/netns/web#7 ")
 
 
+FULL = "r" * ruleset.COMMENT_MAX
+
+
 @pytest.mark.parametrize("comments, expected", [
-    ([], ""), ([""], ""), (["a", "", "b"], "a"), (["a", "b", ""], "ab")])
+    ([], ""), ([""], ""), (["a", "", "b"], "a"), ([FULL, "b", ""], f"{FULL}b"), (["a", "b"], "a"),
+    ([FULL, "", "b"], FULL),
+    *((["a", rule], "a") for rule in ("localhost is left to this host (IPv4)", "on-link cni0 10.88.0.0/16")),
+    *(([FULL, rule], FULL) for rule in ("localhost is left to this host (IPv6)", "on-link cni0 10.88.0.0/16"))])
 def test_record_of_chain(comments, expected):
-    """The record is the comments up to the first rule without one."""
+    """The record goes on only after a comment as long as may be, and ends before a rule's own comment."""
     assert table.record_in(comments) == expected
 
 
@@ -243,14 +282,31 @@ def test_chain_names_differ():
     assert len({ruleset.chain_of(*name) for name in names}) == len(names)
 
 
-@hypothesis.given(st.lists(IFNAMES), st.lists(st.text(max_size=10)))
-def test_stand_by_round_trip(ifnames, others):
-    """Standby interfaces are read back from the comments of a chain, among others."""
+NOTED_IDS = st.just("") | IDS.filter(lambda name: len(name) < 99)
+
+
+@hypothesis.given(st.lists(st.tuples(IFNAMES, NOTED_IDS)), st.lists(st.text(max_size=10)))
+def test_stand_by_round_trip(who, others):
+    """Who stands by is read back from the comments of a chain, among others."""
     notes = [re.fullmatch(r'add chain inet cni_portmap c \{\ncontinue comment "([^"\\]{1,128})"\n\}\n',
-                          ruleset.standby_note("c", ifname))[1] for ifname in ifnames]
+                          ruleset.standby_note("c", *each))[1] for each in who]
     others = [other for other in others if not other.startswith("also on ")]
-    others += ["also on ", "also on x; flush ruleset", "also on 0123456789abcdef"]
-    assert ruleset.standby_interfaces([*others, *notes]) == ifnames
+    others += ["also on ", "also on x; flush ruleset", "also on 0123456789abcdef", "also on eth0 of x; flush ruleset"]
+    assert ruleset.standby_notes([*others, *notes]) == who
+
+
+@pytest.mark.parametrize("pod, network, container_id, by_operator, expected", [
+    ("shop/web", "lab", "next", False, True), ("shop/web", "lab", "last", False, False),
+    ("shop/other", "lab", "next", False, False), ("web", "lab", "next", False, False),
+    ("shop/web", "other", "next", False, True), ("shop/web", "lab", "next", True, False),
+    ("shop/web", "lab", "n" * 112, False, True), ("shop/web", "lab", "n" * 113, False, False)])
+def test_next_sandbox(pod, network, container_id, by_operator, expected):
+    """The same namespace and pod under another container ID, in whatever network; a comment can hold it, and it is a
+    runtime's."""
+    following = Attachment(container_id, "eth0", network, pod=pod)
+    following.by_operator = by_operator
+    owner = ruleset.Owner("c/last/eth0", f"net=lab netns=# pod={pod if '/' not in pod else 'shop/web'}")
+    assert ruleset.is_next_sandbox(following, owner) == expected
 
 
 @hypothesis.given(OWNERS)
@@ -260,11 +316,11 @@ def test_own_names(owner):
     assert ruleset.is_attachment_chain(chain) and ruleset.is_own_chain(chain)
 
 
-@hypothesis.given(st.text() | st.text(alphabet="c/ab0.-_@;{} \n\"").map("c/".__add__))
+@hypothesis.given(st.text() | st.text(alphabet="cx/ab0.-_@;{} \n\"").map("c/".__add__))
 def test_names_of_others(name):
     """What is taken for a chain of ours can only be a name in nft text."""
     if ruleset.is_own_chain(name):
-        assert re.fullmatch(r"c/[A-Za-z0-9][A-Za-z0-9_.\-]*/[A-Za-z0-9_.\-]{1,15}|c/[A-Za-z0-9_.\-]+/hash/[0-9a-f]{32}",
+        assert re.fullmatch(r"(?a)[cx]/([A-Za-z0-9][\w.\-]*/[\w.\-]{1,15}|[\w.\-]+/hash/[0-9a-f]{32})",
                             name) or name in ruleset.SHARED
 
 
@@ -298,24 +354,28 @@ CONDITION_WORDS = ["ip saddr 10.0.0.0/8", "ip6 daddr != fd00::/8", "ip daddr { 1
                    'iifname "eth*"', "ip saddr @trusted", "ct state new"]
 WORD = "|".join(map(re.escape, CONDITION_WORDS))
 PROTOCOL = "(?:tcp|udp|sctp)"
-MATCH = rf"(?:meta nfproto ipv[46]|ip6? daddr {ADDRESS})(?: (?:{WORD}))* {PROTOCOL} dport"
+MATCH_ALL = rf"(?:meta nfproto ipv[46]|ip6? daddr {ADDRESS})(?: (?:{WORD}))*"
+MATCH = rf"{MATCH_ALL} {PROTOCOL} dport"
 RULE = "|".join([
     r'(?:counter|continue) comment "[A-Za-z0-9_.\-/:@+,~%=# ]{1,128}"',
     rf"(?:(?:oiftype loopback )?ip6? saddr {ADDRESS}(?:/\d+)? )?meta mark set meta mark \| 0x[0-9a-f]+",
     rf'iifname "[A-Za-z0-9_.\-@+,~=]{{1,15}}" ip6? saddr {ADDRESS}/\d+ meta mark set meta mark \| 0x[0-9a-f]+ '
     rf'comment "on-link [A-Za-z0-9_.\-@+,~=]{{1,15}} {ADDRESS}/\d+"',
     r'ip6? daddr (?:127\.0\.0\.0/8|::1) return comment "localhost is left to this host \(IPv[46]\)"',
+    rf"{MATCH_ALL} meta l4proto ({PROTOCOL}) counter dnat ip6? to (?:[0-9.]+|\[[0-9a-f:.]+\]):{PROTOCOL} dport map "
+    rf"@{NAME}/\d+",
     rf"{MATCH} (?:\d+|\d+-\d+) counter dnat ip6? to (?:[0-9.]+(?::\d+)?|\[[0-9a-f:.]+\]:\d+|[0-9a-f:.]+)"])
 ELEMENT = rf"(?:ipv4|ipv6|{ADDRESS}) \. {PROTOCOL} \. \d+ : goto {NAME}"
-LINE = rf"create chain inet cni_portmap {NAME}|add chain inet cni_portmap {NAME} \{{|{RULE}|\}}|" \
+LINE = rf"create chain inet cni_portmap {NAME}|add map inet cni_portmap {NAME}/\d+ \{{ typeof th dport : th dport; " \
+       rf"elements = \{{ \d+ : \d+(?:, \d+ : \d+)* \}}; \}}|add chain inet cni_portmap {NAME} \{{|{RULE}|\}}|" \
        r"add map inet cni_portmap (?:hostports|hostip[46]_hostports) \{ typeof [a-z46. ]+ : verdict; " \
        rf"elements = \{{ {ELEMENT}(?:, {ELEMENT})* \}}; \}}"
 
 FAMILIES = st.sampled_from([["10.88.0.2/16", "fd88::2/64"], ["10.88.0.2/32"], ["fd88::2/128"],
                             ["::ffff:10.0.0.1/104", "fd88::/0"]])
 MAPPINGS = st.lists(st.builds(port, st.integers(1, 65535), st.integers(1, 65535),
-                              st.sampled_from(["tcp", "UDP", "sctp", ""]), IPS[4] | IPS[6]),
-                    max_size=20, unique_by=lambda mapping: mapping["hostPort"])
+                              st.sampled_from(["tcp", "UDP", "sctp", ""]), IPS[4] | IPS[6] | st.just("")),
+                    max_size=40, unique_by=lambda mapping: mapping["hostPort"])
 CONDITIONS = st.lists(st.lists(st.sampled_from(CONDITION_WORDS)).map(" ".join), max_size=3)
 
 
@@ -329,7 +389,7 @@ def test_only_allowed_tokens(owner, ips, mappings, v4, v6, snat, masq_all, bit):
     lines = ruleset.attach(found).splitlines()
     assert [line for line in lines if not re.fullmatch(LINE, line)] == []
     maps = {ruleset.map_of(published) for published in found.ports}
-    assert len(lines) == 3 + len([*ruleset.rules_of(found)]) + len(maps)
+    assert len(lines) == 3 + len([*ruleset.rules_of(found)]) + len(maps) + len(ruleset.port_maps_of(found))
 
 
 @hypothesis.given(MAPPINGS)
@@ -337,6 +397,7 @@ def test_every_port_is_translated_once(mappings):
     """Each port is forwarded to its own container port, and no other port is, in ranges too."""
     found = attachment(*mappings, **ONLY[4])
     translated = []
+    maps = {name: [pair[1:] for pair in pairs] for pairs, name in ruleset.port_maps_of(found).items()}
     for rule in ruleset.rules_of(found):
         match = re.search(r"(?:nfproto ipv4|ip daddr (\S+)) (\w+) dport (\d+)(?:-(\d+))? counter "
                           r"dnat ip to \S+?(?::(\d+))?$", rule)
@@ -344,6 +405,10 @@ def test_every_port_is_translated_once(mappings):
             ip, protocol, first, last, to = match.groups()
             translated += [(ip or "", protocol, number, int(to or number))
                            for number in range(int(first), int(last or first) + 1)]
+        mapped = re.search(r"(?:nfproto ipv4|ip daddr (\S+)) meta l4proto (\w+) counter "
+                           r"dnat ip to \S+ dport map @(\S+)$", rule)
+        if mapped:
+            translated += [(mapped[1] or "", mapped[2], *pair) for pair in maps[mapped[3]]]
     assert sorted(translated) == sorted((each.host_ip, each.protocol, each.host_port, each.container_port)
                                         for each in found.ports)
 
@@ -396,6 +461,6 @@ def test_many_host_addresses_are_grouped_once():
         found = Attachment("web", "eth0", "lab", addresses={4: Address(4, "10.88.0.2", "10.88.0.0/16")},
                                   ports=Counted(ports))
         passes = []
-        assert len([rule for rule in ruleset.rules_of(found) if "dnat" in rule]) == number
+        assert len([rule for rule in ruleset.rules_of(found) if "dnat" in rule]) == (2 if number == 2 else 1)
         counts.append(len(passes))
     assert counts[0] == counts[1]

@@ -35,11 +35,19 @@ RESULT = st.none() | st.fixed_dictionaries({}, optional={
                                                       optional={"interface": st.sampled_from([0, 1.0, -1, None])}),
                                 max_size=2),
     "ip4": st.none() | st.fixed_dictionaries({"ip": CIDR}), "ip6": st.sampled_from([None, {}])})
+MODE = st.sampled_from([None, "nat", "nat-unprotected", "routed", "isolated"])
+EXPOSURE = {
+    "gatewayModeV4": MODE, "gatewayModeV6": MODE, "allowDirectRouting": st.sampled_from([None, False, True]),
+    "trustedHostInterfaces": st.sampled_from([None, [], ["eth0"], ["a@b", "eth0"]]),
+    "defaultHostIP": st.none() | HOST_IPS.filter(bool) | st.lists(HOST_IPS.filter(bool), min_size=1, max_size=2),
+    "outgoingSourceV4": st.sampled_from([None, "container", "192.0.2.9"]),
+    "outgoingSourceV6": st.sampled_from([None, "container", "2001:db8::9"])}
 DOCUMENT = st.fixed_dictionaries({"name": st.sampled_from(["lab", "a.b-c_d"])}, optional={
     "cniVersion": st.sampled_from(["0.4.0", "1.1.0"]), "type": st.just("portmap"),
     "snat": st.sampled_from([True, False, None]), "masqAll": st.sampled_from([True, None]),
     "markMasqBit": st.sampled_from([0, 13, 31, 5.0, None]), "externalSetMarkChain": st.sampled_from([None, "X"]),
     "backend": st.sampled_from([None, "nftables", "iptables"]),
+    **EXPOSURE,
     "hostPortInUse": st.sampled_from([None, "ignore", "refuse"]), "localhostIPv6": st.sampled_from([None, False]),
     "conditionsV4": CONDITIONS, "conditionsV6": CONDITIONS, "unknown": st.just([1]),
     "runtimeConfig": st.none() | st.fixed_dictionaries({}, optional={
@@ -49,7 +57,8 @@ DOCUMENT = st.fixed_dictionaries({"name": st.sampled_from(["lab", "a.b-c_d"])}, 
 JUNK = st.sampled_from([None, True, False, 0, 1, -1, 13.5, 32, 65536, 1e308, float("inf"), 2 ** 80, "", "a", "80",
                         "tcp\n", "a\n", "1.2.3.4/33", "ip saddr 1.2.3.4; drop", "-p tcp", "\ud800", "é", [], [[]],
                         [None], [""], {}, {"": 1}, [{}], {"ip": 1}, [{"hostPort": 1}]]).map(copy.deepcopy)
-NEW_KEYS = st.sampled_from(["hostport", "HOSTIP", "Protocol", "hostPort\n", "containerPort ", "ip", "snat",
+NEW_KEYS = st.sampled_from(["gatewayModeV4", "defaultHostIP", "outgoingSourceV6", "trustedHostInterfaces",
+                            "hostport", "HOSTIP", "Protocol", "hostPort\n", "containerPort ", "ip", "snat",
                             "markMasqBit", "externalSetMarkChain", "x"])
 
 
@@ -110,8 +119,7 @@ def test_same_documents(document):
 def test_generator(document):
     """The unmutated documents are valid, unless they contradict themselves; so the property above sees both kinds."""
     try:
-        mappings = (document.get("runtimeConfig") or {}).get("portMappings")
-        config.parse_mappings(mappings, "")
+        config.is_consistent(document)
     except cni.ConfigError:
         hypothesis.reject()
     hypothesis.assume(document.get("markMasqBit") is None or document.get("externalSetMarkChain") is None)

@@ -14,7 +14,7 @@ from cni_portmap.verbs.check import check as check_attachment
 from cni_portmap.verbs.delete import delete
 from cni_portmap.verbs.gc import gc
 from cni_portmap.verbs.restore import prune, restore
-from cni_portmap.verbs.steps import repair_shared_chains
+from cni_portmap.verbs.steps import chains_of_container, repair_shared_chains
 
 WEB = attachment(PORT)
 CLOSED = {"localnet": False, "is_noted": False}
@@ -70,7 +70,7 @@ def test_first_add(kernel):
     kernel.answers.update(CLOSED)
     assert add(kernel) is None
     assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.note_interfaces({"cni0": ruleset.OPENED})]
-    assert kernel.named("transact", "set_localnet")[-1] == ("set_localnet", "cni0", True)
+    assert kernel.named("write", "set_localnet")[-1] == ("set_localnet", "cni0", True)
 
 
 def test_add():
@@ -97,11 +97,11 @@ def test_add_order():
     kernel = RecordingKernel(**INTACT, **CLOSED)
     add(kernel, mapping(protocol="udp"), conditionsV4=["ip saddr 10.0.0.1"])
     order = [call[0] for call in kernel.calls]
-    lock, transact, unlock = order.index("lock"), order.index("transact"), order.index("unlock")
+    lock, write, unlock = order.index("lock"), order.index("write"), order.index("unlock")
     assert set(order[:lock]) == {"namespace", "link", "dry_run_apart", "way_to", "localhost_obstacle"}
-    assert order[transact + 1:unlock] == ["localnet", "set_localnet", "allow_localhost6"]
+    assert order[write + 1:unlock] == ["localnet", "set_localnet", "allow_localhost6"]
     assert set(order[unlock + 1:]) == {"delete_flows"}
-    assert {"is_noted", "lookup", "comments"} <= set(order[lock:transact])
+    assert {"is_noted", "lookup", "comments"} <= set(order[lock:write])
 
 
 def test_add_again():
@@ -167,7 +167,8 @@ def test_conflict(ours, theirs, conflict):
     error = add(kernel, mapping(**ours))
     assert (error is not None) == conflict
     if conflict:
-        assert error.code == 101 and not kernel.named("transact", "set_localnet", "allow_localhost6", "delete_flows")
+        assert error.code == 101 and kernel.written == []
+        assert not kernel.named("set_localnet", "allow_localhost6", "delete_flows")
         words = ["tcp", "8080", "container other", "interface eth0", "network theirs"]
         assert all(word in error.args[0] for word in words)
         assert "/run/netns/other" in error.details
@@ -246,7 +247,7 @@ def test_judged_without_the_lock():
     kernel = taken(judge=dead)
     assert add(kernel) is None
     assert "judge" not in locked(kernel) and len(kernel.named("lock")) == 2
-    handles = iter([1, 2, 3, 3, 3])  # it is rewritten while it is judged
+    handles = iter([1, 2, 3, 3, 3, 3])  # it is rewritten while it is judged
     kernel = taken(judge=dead, handle=lambda chain: next(handles))
     assert add(kernel) is None
     assert len(kernel.named("judge")) == 2
@@ -286,16 +287,17 @@ def waits(pod="", record=OTHER_RECORD, wait_for=lambda owner, handle, seconds: s
 
 
 POD = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web"
+LAST_RECORD = "net=lab netns=/run/netns/other#99 pod=shop/web"
 
 
-@pytest.mark.parametrize("args, record, seconds", [
-    ("", OTHER_RECORD, 2), (POD, OTHER_RECORD, 2), (POD, f"{OTHER_RECORD} pod=shop/web", 10),
-    (POD, f"{OTHER_RECORD} pod=shop/web-2", 2), ("K8S_POD_NAME=web", f"{OTHER_RECORD} pod=web", 2)])
-def test_patience(args, record, seconds):
-    """A living owner is waited for without the lock: longer where it is the same pod; the refusal says how long."""
+@pytest.mark.parametrize("args, record", [
+    ("", OTHER_RECORD), (POD, OTHER_RECORD), (POD, LAST_RECORD + "-2"),
+    ("K8S_POD_NAME=web", LAST_RECORD.replace("shop/", ""))])
+def test_patience(args, record):
+    """A living owner is waited for without the lock; the refusal says how long."""
     kernel, error, waited = waits(args, record)
-    assert waited == [seconds] and "wait_for" not in locked(kernel)
-    assert error.code == 101 and f"waited {seconds} s" in error.msg and "container other" in error.msg
+    assert waited == [2] and "wait_for" not in locked(kernel)
+    assert error.code == 101 and "waited 2 s" in error.msg and "container other" in error.msg
     assert len(kernel.named("lock")) == 4 and kernel.written == []  # unknown, met; and both again after the wait
 
 
@@ -317,20 +319,21 @@ def test_one_owner_is_waited_for_in_pieces():
 
 
 def test_each_owner_has_its_time():
-    """A predecessor is waited for, and then a stranger; the refusal says how long it was for that one."""
-    predecessor, stranger = elements(attachment(mapping(host_port=1))), elements(attachment(mapping(host_port=2)))
-    table = dict.fromkeys(predecessor, "c/before/eth0") | dict.fromkeys(stranger, OTHER)
-    record = f"{OTHER_RECORD} pod=shop/web"
+    """Of several owners each is waited for, but not for ever; the refusal says how long it was for the last."""
+    ports = [mapping(host_port=number) for number in range(1, 6)]
+    owned = {f"c/owner{port['hostPort']}/eth0": elements(attachment(port)) for port in ports}
+    table = {element: chain for chain, its in owned.items() for element in its}
 
     def goes(owner, handle, seconds):
-        for element in predecessor:
-            table.pop(element, None)
-        return 4 if owner.container_id == "before" else seconds
-    kernel = RecordingKernel(**holding(table, record, owner=lambda chain: ruleset.Owner(
-        chain, record if "before" in chain else OTHER_RECORD)), wait_for=goes)
-    error = add(kernel, mapping(host_port=1), mapping(host_port=2),
-                environ={**VARIABLES, "CNI_ARGS": POD})
-    assert [seconds for *_, seconds in kernel.named("wait_for")] == [10, 2] and "waited 2 s" in error.msg
+        for element in owned[owner.chain]:
+            del table[element]
+        return 1.75
+    kernel = RecordingKernel(**holding(table), wait_for=goes)
+    assert add(kernel, *ports[:4]) is None
+    assert [seconds for *_, seconds in kernel.named("wait_for")] == [2, 2, 2, 0.75]
+    table.update({element: chain for chain, its in owned.items() for element in its})
+    error = add(RecordingKernel(**holding(table), wait_for=goes), *ports)
+    assert error.code == 101 and "owner5" in error.msg and "waited 0 s" in error.msg
 
 
 def test_an_owner_that_ends_during_the_wait_is_noticed():
@@ -361,10 +364,11 @@ def test_a_flush_in_the_middle(failures, written):
     """What had been read is gone when it is written: it is tried once more."""
     left = [cni.CniError(100, "nftables rejected it: No such file or directory, in: create chain x")] * failures
 
-    def transact(text):
+    def write(*_):
         if left:
             raise left.pop()
-    kernel = RecordingKernel(**INTACT, transact=transact)
+        return True
+    kernel = RecordingKernel(**INTACT, write=write)
     status, document = respond("ADD", configuration(PORT), kernel)
     assert (status, len(kernel.named("lock"))) == (0 if written else 1, 2)
     assert written or document["code"] == 100
@@ -374,7 +378,7 @@ def test_warnings_are_written_after_the_lock(capfd):
     """Standard error may be a stopped terminal: nobody else waits for it."""
     kernel = RecordingKernel(**holding({elements(WEB)[0]: SECOND}, OWN_RECORD), allow_localhost6="bridge-nf")
     said = []
-    kernel.answers["transact"] = lambda text: said.append(capfd.readouterr().err)
+    kernel.answers["write"] = lambda *_: said.append(capfd.readouterr().err) or True
     assert respond("ADD", configuration(PORT, backend="iptables"), kernel)[0] == 0
     lines = capfd.readouterr().err.splitlines()
     assert said == [""] and len(lines) == 3 and "will take over" in "".join(lines)
@@ -400,7 +404,7 @@ def noted(notes, **answers):
     return {**holding(dict.fromkeys(elements(WEB), FIRST), own=SECOND),
             "comments": lambda chain: {**base_comments(), **comments}.get(chain, []),
             "has_chain": lambda chain: chain in comments or chain in ruleset.SHARED,
-            "elements_wanted_by": set(elements(WEB)),
+            "elements_wanted_by": dict.fromkeys(elements(WEB), False),
             **answers}
 
 
@@ -436,8 +440,8 @@ def test_second_interface_again():
     (["eth1", "eth2"], {SECOND: elements(WEB), THIRD: elements(WEB)}, {SECOND: elements(WEB)})])
 def test_heirs(notes, wanted, leads):
     """When the first interface goes, the standby interfaces get its ports, in order, and note one another."""
-    kernel = RecordingKernel(**noted(notes, elements_wanted_by=lambda chain: set(wanted[chain])))
-    delete("web-1", "eth0", kernel)
+    kernel = RecordingKernel(**noted(notes, elements_wanted_by=lambda chain: dict.fromkeys(wanted[chain], False)))
+    delete("web-1", "eth0", "net", kernel)
     [text] = kernel.written
     assert text.startswith(ruleset.detach([FIRST], elements(WEB)))
     assert all(ruleset.map_elements(those, chain) in text for chain, those in leads.items())
@@ -450,9 +454,10 @@ def test_heir_with_a_condition_on_an_address(own_address):
     """A rule of one address is that of every address with a condition, unless its own element leads there."""
     wildcard, specific = elements(WEB)[0], elements(attachment({**PORT, "hostIP": "10.9.0.1"}))[0]
     table = dict.fromkeys(elements(WEB), FIRST) | ({specific: SECOND} if own_address else {})
-    kernel = RecordingKernel(**noted(["eth1"], elements_wanted_by={wildcard, specific}, lookup=lambda wanted: {
-        element: table[element] for element in wanted if element in table}))
-    delete("web-1", "eth0", kernel)
+    kernel = RecordingKernel(**noted(
+        ["eth1"], elements_wanted_by={wildcard: False, specific: False},
+        lookup=lambda wanted: {element: table[element] for element in wanted if element in table}))
+    delete("web-1", "eth0", "net", kernel)
     assert ("elements = " in kernel.written[0]) == (not own_address)
 
 
@@ -465,6 +470,127 @@ def test_heirs_of_replacement():
     kernel = RecordingKernel(**noted(["eth1"]))
     assert add(kernel, mapping(host_port=9)) is None
     assert ruleset.map_elements(elements(WEB), SECOND) in kernel.written[0]
+
+
+# A pod's next sandbox may come before the last one has gone, as a kubelet edits a static pod: it stands by.
+
+def following(kernel, *ports):
+    """ADD of the next sandbox of the pod of LAST_RECORD."""
+    return add(kernel, *ports, environ={**VARIABLES, "CNI_ARGS": POD})
+
+
+@pytest.mark.parametrize("state", ["alive", "unknown"])
+def test_next_sandbox(state, capfd):
+    """The port stays where it is, and nobody waits; what the last one has not is published at once."""
+    kernel = taken(record=LAST_RECORD, judge=lambda owners: verdicts(owners, state))
+    assert following(kernel, PORT, mapping(host_port=9)) is None
+    new = attachment(PORT, mapping(host_port=9), environ={**VARIABLES, "CNI_ARGS": POD})
+    assert kernel.written == [ruleset.attach(new, elements(WEB)) + ruleset.standby_note(OTHER, "eth0", "web-1")]
+    assert not kernel.named("wait_for")
+    cni.tell()
+    assert "web-1 will take over" in capfd.readouterr().err
+
+
+def test_next_sandbox_again():
+    """It is noted once, however often its ADD is repeated; notes of those that are gone go."""
+    notes = ["net=lab", "also on eth0 of gone", "also on eth0 of web-1", ""]
+    kernel = taken(record=LAST_RECORD, comments=lambda chain: {**base_comments(), OTHER: notes}.get(chain, []),
+                   has_chain=lambda chain: chain in (*ruleset.SHARED, OTHER, CHAIN),
+                   handles_and_comments=[(bytes((index,)), note) for index, note in enumerate(notes)])
+    assert following(kernel) is None
+    assert "continue" not in kernel.written[0] and kernel.written[0].count("delete rule") == 1
+    assert f"delete rule inet cni_portmap {OTHER} handle 1\n" in kernel.written[0]
+
+
+def test_next_sandbox_of_one_that_died():
+    """What a dead one left passes to the one that stands by for it, and nobody else takes it."""
+    table = dict.fromkeys(elements(WEB), OTHER)
+    heir = "c/heir/eth0"
+    records = {OTHER: LAST_RECORD, heir: LAST_RECORD}
+
+    def comments(chain):
+        return {**base_comments(), OTHER: [LAST_RECORD, "also on eth0 of heir"]}.get(chain, [])
+
+    def goes(change, generation=0):
+        table.update(change.leads)
+        return True
+    for its_pod, code in ("", 101), (POD, 0):
+        table.update(dict.fromkeys(elements(WEB), OTHER))
+        kernel = RecordingKernel(**holding(
+            table, judge=other_is_dead, comments=comments, write=goes,
+            elements_wanted_by=dict.fromkeys(elements(WEB), False),
+            has_chain=lambda chain: chain in (*ruleset.SHARED, OTHER, heir),
+            owner=lambda chain: ruleset.Owner(chain, records.get(chain, ""))))
+        error = add(kernel, environ={**VARIABLES, "CNI_ARGS": its_pod})
+        assert (error.code if error else 0) == code and {*table.values()} == {heir}
+        assert kernel.written[0].startswith(ruleset.detach([OTHER], elements(WEB)))
+        assert code or kernel.written[1].endswith(ruleset.standby_note(heir, "eth0", "web-1"))
+        assert not code or "container heir" in error.msg
+
+
+@pytest.mark.parametrize("notes, heirs", [
+    (["eth1", "eth0 of next"], [SECOND, "c/next/eth0"]), (["eth0 of next", "eth1"], [SECOND, "c/next/eth0"]),
+    (["eth0 of next", "eth0 of newer"], ["c/newer/eth0", "c/next/eth0"])])
+def test_heirs_of_a_pod(notes, heirs):
+    """A container's other interfaces come first, then the newest sandbox; the heir notes the others."""
+    kernel = RecordingKernel(**noted(notes))
+    comments, kernel.answers["has_chain"] = kernel.answers["comments"], lambda chain: "none" not in chain
+    kernel.answers["comments"] = lambda chain: comments(chain) or ["net=lab"]
+    delete("web-1", "eth0", "none", kernel)
+    heir, other = heirs
+    of = "" if other.split("/")[1] == heir.split("/")[1] else other.split("/")[1]
+    assert kernel.written == [ruleset.detach([FIRST, "p/web-1/eth0"], elements(WEB)) +
+                              ruleset.map_elements(elements(WEB), heir) +
+                              ruleset.standby_note(heir, other.split("/")[2], of)]
+
+
+@pytest.mark.parametrize("dead, heir", [
+    ([], "c/web-1/eth1"), (["web-1"], "c/newer/eth0"), (["web-1", "newer"], "c/next/eth0"),
+    (["web-1", "newer", "next"], "c/web-1/eth1")])
+def test_who_inherits_first(dead, heir):
+    """Who lives; the container itself, then the newest sandbox; and its first interface."""
+    kernel = RecordingKernel(**noted([*(f"eth{number} of {who}" for who in ("next", "newer") for number in (0, 1)),
+                                      "eth1"]))
+    comments, kernel.answers["has_chain"] = kernel.answers["comments"], lambda chain: "none" not in chain
+    kernel.answers |= {"comments": lambda chain: comments(chain) or ["net=lab"],
+                       "glance": lambda owner: ("dead", "") if owner.container_id in dead else None}
+    delete("web-1", "eth0", "none", kernel)
+    assert ruleset.map_elements(elements(WEB), heir) in kernel.written[0]
+    assert kernel.written[0].count("also on ") == 4
+
+
+def test_heir_of_one_address_of_several():
+    """Offered a port of every address and that of one, an heir that wants the second gets the second."""
+    wildcard, specific = elements(attachment(mapping("0.0.0.0")))[0], elements(attachment(mapping("10.9.0.1")))[0]
+    table = dict.fromkeys((wildcard, specific), FIRST)
+    kernel = RecordingKernel(**noted(["eth1"], elements_wanted_by=dict.fromkeys((wildcard, specific), False)))
+    kernel.answers |= {"owned_elements": [*table.items()], "lookup": table}
+    delete("web-1", "eth0", "net", kernel)
+    assert ruleset.map_elements([specific], SECOND) in kernel.written[0]
+    assert kernel.written[0].count("elements = ") == 1
+
+
+@pytest.mark.parametrize("notes, state, code", [
+    (["also on eth0 of web-1"], "alive", 0), ([], "alive", 104), (["also on eth0 of web-1"], "dead", 104)])
+def test_check_of_the_next_sandbox(notes, state, code):
+    """It is whole while its port leads to the last one, which notes it; not where that is dead."""
+    kernel = RecordingKernel(**holding(dict.fromkeys(elements(WEB), OTHER), LAST_RECORD))
+    comments = {**base_comments(), OTHER: [LAST_RECORD, *notes]}
+    kernel.answers |= {"comments": lambda chain: comments.get(chain, []), "has_chain": lambda chain: True,
+                       "glance": lambda owner: (state, "") if owner.container_id == "other" else None}
+    asked = attachment(PORT, environ={**VARIABLES, "CNI_ARGS": POD})
+    found = chains_of_container({OTHER}, asked, kernel, {})
+    assert found == (set() if code else {OTHER})
+
+
+def test_flows_of_what_it_stands_by_for():
+    """Datagrams go on to the last sandbox; those to what it has not got are sent on to the next."""
+    udp = mapping(protocol="udp"), mapping(protocol="udp", host_port=9)
+    table = dict.fromkeys(elements(attachment(udp[0])), OTHER)
+    kernel = RecordingKernel(**holding(table, LAST_RECORD), local_addresses={bytes((10, 9, 0, 1))})
+    assert following(kernel, *udp) is None
+    (_, _, filters, _), = kernel.named("delete_flows")
+    assert {port for _, port, *_ in filters()} == {9}
 
 
 def test_own_dead_interface():
@@ -571,6 +697,17 @@ def test_localhost(ports, keys, v4, v6):
     assert kernel.named("allow_localhost6") == [("allow_localhost6", "cni0")] * v6
 
 
+@pytest.mark.parametrize("host_ip, said, left_alone", [("", False, True), ("127.0.0.1", True, False),
+                                                       ("192.0.2.1", False, False)])
+def test_localhost_without_masquerading(capfd, host_ip, said, left_alone):
+    """No reply would come back to localhost: a service of the host there is not hidden; who asks for it is told."""
+    kernel = RecordingKernel(**CLOSED)
+    add(kernel, mapping(host_ip=host_ip), snat=False)
+    cni.tell()
+    assert capfd.readouterr().err == "cni-portmap: cannot publish on 127.0.0.1: snat is false\n" * said
+    assert ("ip daddr 127.0.0.0/8 return comment" in kernel.written[-1]) == left_alone
+
+
 def test_an_interface_that_is_open_already_is_guarded_and_stays_open():
     """Somebody else has opened it: it is noted, so that it is guarded, with a comment that it was open."""
     kernel = RecordingKernel(**INTACT, is_noted=False)
@@ -622,15 +759,17 @@ def test_masquerading_goes_by_interface_and_source():
     assert "ip saddr 10.88.0.2 meta mark set" in kernel.written[0] and "iifname" not in kernel.written[0]
 
 
-@pytest.mark.parametrize("noted, comment", [(True, ruleset.WAS_OPEN), (False, ruleset.OPENED)])
-def test_upgrade_notes_what_is_open(monkeypatch, noted, comment):
-    """Tables of 0.1 do not note all that is open: whoever writes the new base does, and so it is guarded."""
+@pytest.mark.parametrize("noted, notes", [
+    (True, {"cni0": ruleset.WAS_OPEN}), (False, {"cni1": ruleset.FOUND_OPEN, "cni0": ruleset.OPENED})])
+def test_upgrade_notes_what_is_open(monkeypatch, noted, notes):
+    """Tables of 0.1 do not note all that is open, and their guard was everywhere: the new one covers what is open."""
     monkeypatch.setattr("cni_portmap.linux.localhost.interfaces_of_published", lambda kernel: ["cni0"])
+    monkeypatch.setattr("cni_portmap.linux.localhost.open_interfaces", lambda: ["cni1"])
     old = {chain: [comment.replace(f"{ruleset.BASE_VERSION}:", "1:") for comment in comments]
            for chain, comments in base_comments().items()}
     kernel = RecordingKernel(has_chain=True, comments=lambda chain: old.get(chain, []), notes_interfaces=noted)
     assert repair_shared_chains(kernel)
-    assert kernel.written == [base((), tuple(ruleset.SHARED)) + ruleset.note_interfaces({"cni0": comment})]
+    assert kernel.written == [base((), tuple(ruleset.SHARED)) + ruleset.note_interfaces(notes)]
 
 
 def test_repair_base():
@@ -640,6 +779,17 @@ def test_repair_base():
             kernel = RecordingKernel(**answers)
             assert repair_shared_chains(kernel, dry_run) == needed
             assert kernel.written == [BASE] * (needed and not dry_run)
+
+
+@pytest.mark.parametrize("families", [(4,), (4, 6)])
+def test_a_container_that_nothing_leads_to(capfd, families):
+    """ADD succeeds, with a line for each family that has ports: nobody else would say why none answers."""
+    kernel = RecordingKernel(**INTACT, way_to=("", False, []))
+    assert add(kernel, mapping(**({"host_ip": "0.0.0.0"} if families == (4,) else {}))) is None
+    cni.tell()
+    assert [line.partition(",")[0] for line in capfd.readouterr().err.splitlines()] == [
+        f"cni-portmap: no interface of this host leads to {'10.88.0.2' if family == 4 else 'fd88::2'}"
+        for family in families]
 
 
 def test_localhost6_impossible(capfd):
@@ -652,9 +802,18 @@ def test_localhost6_impossible(capfd):
 # --- DEL ------------------------------------------------------------------------------------------------------
 
 def test_delete_unknown(kernel):
-    """Nothing of its own: success, without the lock."""
-    delete("web-1", "eth0", kernel)
-    assert kernel.calls == [("has_chain", CHAIN)]
+    """Nothing of its own, nor of an operator's: success, without the lock."""
+    delete("web-1", "eth0", "net", kernel)
+    assert kernel.calls == [("has_chain", CHAIN), ("has_chain", f"p{CHAIN[1:]}"), ("has_reference",)]
+
+
+def test_delete_what_an_operator_has_published():
+    """Its chain goes with the runtime's, or alone, in one transaction."""
+    operators = f"p{CHAIN[1:]}"
+    for chains in [CHAIN, operators], [operators]:
+        kernel = RecordingKernel(has_chain=lambda chain, its=chains: chain in its)
+        delete("web-1", "eth0", "net", kernel)
+        assert [call[1].chains for call in kernel.named("write")] == [chains]
 
 
 def test_delete():
@@ -662,45 +821,45 @@ def test_delete():
     table = {**dict.fromkeys(elements(WEB), CHAIN),
              ("hostports", ruleset.key_of(attachment(mapping(host_port=9)).ports[0])): OTHER}
     kernel = RecordingKernel(**holding(table))
-    delete("web-1", "eth0", kernel)
+    delete("web-1", "eth0", "net", kernel)
     assert kernel.written == [ruleset.detach([CHAIN], elements(WEB))]
 
 
 def test_delete_race():
     """A DEL that another call overtook before the lock writes nothing."""
-    there = iter([True, False])
+    there = iter([True, False, False])
     kernel = RecordingKernel(has_chain=lambda chain: next(there))
-    delete("web-1", "eth0", kernel)
-    assert kernel.written == [] and [call[0] for call in kernel.calls if call[0] != "generation"][:3] == \
-        ["has_chain", "lock", "has_chain"]
+    delete("web-1", "eth0", "net", kernel)
+    assert kernel.written == [] and [call[0] for call in kernel.calls if call[0] != "generation"][:4] == \
+        ["has_chain", "has_chain", "lock", "has_chain"]
 
 
 def test_delete_reads_again():
     """What others have changed between reading and writing is read again, before that and after the generation."""
-    generations, there = iter([1, 2, 3]), iter([True, True, True, False])
+    generations, there = iter([1, 2, 3]), iter([True, False, True, True, False])
     kernel = RecordingKernel(**{**holding(FULL), "has_chain": lambda chain: next(there)},
-                             generation=lambda: next(generations), remove=False)
-    delete("web-1", "eth0", kernel)
-    assert [call[1:3] for call in kernel.named("remove")] == [(1, [CHAIN]), (2, [CHAIN])]
+                             generation=lambda: next(generations), write=False)
+    delete("web-1", "eth0", "net", kernel)
+    assert [(call[2], call[1].chains) for call in kernel.named("write")] == [(1, [CHAIN]), (2, [CHAIN])]
     order = [call[0] for call in kernel.calls]
     assert order.count("lock") == order.count("unlock") == 1 and order.count("owned_elements") == 3
-    assert [name for name in order if name in ("generation", "has_chain", "remove")][1:] == \
-        ["generation", "has_chain", "remove"] * 2 + ["generation", "has_chain"]
+    assert [name for name in order if name in ("generation", "has_chain", "write")][2:] == \
+        ["generation", "has_chain", "write"] * 2 + ["generation", "has_chain"]
 
 
 def test_delete_gives_up():
     """Where others write all the time, DEL minds only what is gone; where that is always so, it ends."""
-    kernel = RecordingKernel(**holding(FULL), remove=False, generation=7)
+    kernel = RecordingKernel(**holding(FULL), write=False, generation=7)
     status, document = respond("DEL", configuration(PORT), kernel)
     assert (status, document["code"]) == (1, 11)
-    assert [call[1] for call in kernel.named("remove")] == [7] * 5 + [0] * 5
+    assert [call[2] for call in kernel.named("write")] == [7] * 5 + [0] * 5
 
 
 def test_delete_drops_notes_of_what_is_gone():
     """What was opened to localhost is forgotten once the interface is gone."""
     kernel = RecordingKernel(**holding(FULL), noted_and_gone=["veth9"])
-    delete("web-1", "eth0", kernel)
-    assert kernel.named("remove")[0][-1] == ["veth9"]
+    delete("web-1", "eth0", "net", kernel)
+    assert kernel.named("write")[0][1].forgotten == ["veth9"]
 
 
 @pytest.mark.parametrize("keys", [
@@ -755,11 +914,11 @@ def test_prune():
 
 def test_prune_goes_on():
     """One chain that cannot go, because somebody's rule jumps there, keeps no other; it is told."""
-    def refuse(generation, chains, *_):
-        if "c/a/eth0" in chains:
+    def refuse(change, _):
+        if "c/a/eth0" in change.chains:
             raise cni.CniError(100, "refused")
         return True
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead, remove=refuse)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead, write=refuse)
     found, refused = prune(kernel)
     assert len(found) == 5 and [(owner.chain, error.code) for owner, error in refused] == [("c/a/eth0", 100)]
     assert kernel.written[1:] == [ruleset.detach([chain], []) for chain in HANDLES if chain != "c/no"][:5]
@@ -778,14 +937,17 @@ def test_who_waits_for_the_lock_in_vain_does_not_go_on(remove):
 
 def test_gc_goes_on():
     """An attachment that can't be removed doesn't keep the others; all failures are reported."""
-    def remove(_, chains, *others):
-        if chains[0].startswith("c/a/eth"):
+    def write(change, _):
+        if change.chains[0].startswith("c/a/eth"):
             raise cni.CniError(100, "refused")
         return True
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, remove=remove)
+    def leftovers(*_):
+        raise cni.CniError(100, "the reference's rules are refused, too")
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, write=write, has_reference=True,
+                             leftovers=leftovers)
     with pytest.raises(cni.CniError) as caught:
         gc("lab", set(), kernel)
-    assert caught.value.code == 100 and "2" in caught.value.args[0] and caught.value.details.count("refused") == 2
+    assert caught.value.code == 100 and "2" in caught.value.args[0] and caught.value.details.count("refused") == 3
     assert kernel.written[-1] == ruleset.detach(["c/b/eth0"], [])
 
 
@@ -824,13 +986,13 @@ HOOK = (b"hook", b"policy", b"type")
 
 def intact(**answers):
     """A kernel that has WEB as it should be: a snapshot is a hook, then rules, here by their numbers."""
-    def snapshot(chain):
+    def snapshot(chain, each_port=False):
         return [HOOK, *range(len([*ruleset.rules_of(WEB)] if chain == CHAIN else ruleset.shared_rules(chain, [])))]
     empty = RecordingKernel(snapshot=snapshot)
     comments = {CHAIN: [comment for rule in ruleset.rules_of(WEB) for comment in re.findall('comment "(.*)"', rule)]}
     kernel = RecordingKernel(**{**holding(dict.fromkeys(elements(WEB), CHAIN)), "snapshot": snapshot, "references": 2,
                                 "comments": lambda chain: {**base_comments(), **comments}.get(chain, []), **answers})
-    kernel.answers["enter_empty_namespace"] = lambda: empty
+    kernel.answers["empty_namespace"] = lambda: contextlib.nullcontext(empty)
     return kernel, empty, snapshot
 
 
@@ -848,7 +1010,7 @@ def test_check():
     assert check(kernel) is None
     assert kernel.written == [] and empty.written == [BASE + ruleset.attach(WEB)]
     reads = [call[0] for call in kernel.calls]
-    assert reads.index("lock") < reads.index("lookup") and reads.index("unlock") < reads.index("enter_empty_namespace")
+    assert reads.index("lock") < reads.index("lookup") and reads.index("unlock") < reads.index("empty_namespace")
 
 
 @pytest.mark.parametrize("record, answers, word", [
@@ -915,7 +1077,7 @@ CHAINS = [*ruleset.SHARED, CHAIN]
 def test_check_damage(chain, damage, word):
     """A chain that is missing, hooked elsewhere, or lacks a rule is named, with the rule that should be there."""
     kernel, _, snapshot = intact()
-    kernel.answers["snapshot"] = lambda name: damage(snapshot(name)) if name == chain else snapshot(name)
+    kernel.answers["snapshot"] = lambda name, *_: damage(snapshot(name)) if name == chain else snapshot(name)
     error = check(kernel)
     assert error.code == 104 and f"chain {chain} " in error.args[0].replace(":", " ") and word in error.args[0]
     if word == "missing or altered":
@@ -1018,7 +1180,7 @@ def test_stale_after_delete(found, stale):
     table = dict.fromkeys([elements(attachment(PORT))[0], *elements(attachment(mapping("192.0.2.1", host_port=53)))],
                           CHAIN)
     kernel = RecordingKernel(**holding(table, targets={CHAIN: pack("10.88.0.2")}))
-    delete("web-1", "eth0", kernel)
+    delete("web-1", "eth0", "net", kernel)
     [(_, protocol, filters, is_stale)] = kernel.named("delete_flows")
     target = pack("10.88.0.2").pop()
     assert (protocol, is_stale(found)) == (6, stale)
@@ -1052,9 +1214,9 @@ def test_restore(kernel):
     assert restore([WEB, second], kernel) == ([WEB, second], [])
     notes = ruleset.note_interfaces({"cni0": ruleset.OPENED})
     assert kernel.written == [BASE, ruleset.attach(WEB) + ruleset.attach(second) + notes]
-    assert locked(kernel) & {"lookup", "transact", "set_localnet"} and not locked(kernel) & {"way_to"}
-    assert [name for name, *_ in kernel.named("transact", "set_localnet")] == \
-        ["transact", "transact", "set_localnet", "set_localnet"]
+    assert locked(kernel) & {"lookup", "write", "set_localnet"} and not locked(kernel) & {"way_to"}
+    assert [name for name, *_ in kernel.named("transact", "write", "set_localnet")] == \
+        ["transact", "write", "set_localnet", "set_localnet"]
 
 
 def test_restore_after_a_flush(kernel):
@@ -1071,16 +1233,28 @@ def test_restore_guards_what_is_open(kernel, monkeypatch):
     restore([], kernel)
     assert kernel.written == [BASE + ruleset.note_interfaces({"br9": ruleset.FOUND_OPEN})]
     kernel = RecordingKernel(**INTACT)
+    monkeypatch.setattr("cni_portmap.verbs.restore.open_bridges", list)
     restore([], kernel)
     assert kernel.written == []
 
 
+def test_restore_guards_bridges_that_a_new_table_does_not_know(monkeypatch):
+    """ADD after a flush notes its own interface: the others, which it cannot know, stay open until `restore`."""
+    monkeypatch.setattr("cni_portmap.verbs.restore.open_bridges", lambda: ["br8", "br9"])
+    kernel = RecordingKernel(**INTACT, is_noted=lambda name: name == "br8")
+    restore([], kernel, dry_run=True)
+    assert kernel.written == []
+    restore([], kernel)
+    assert kernel.written == [ruleset.note_interfaces({"br9": ruleset.FOUND_OPEN})]
+
+
 def test_restore_of_all_but_one():
     """What nft refuses of one container keeps no other's ports away: each is tried by itself, and is told."""
-    def transact(text):
-        if "c/bad/eth0" in text:
+    def write(change):
+        if "c/bad/eth0" in change.rules:
             raise cni.CniError(100, "refused")
-    kernel = RecordingKernel(transact=transact, has_table=lambda: bool(kernel.written), is_noted=False)
+        return True
+    kernel = RecordingKernel(write=write, has_table=lambda: bool(kernel.written), is_noted=False)
     pods = [WEB, other("bad", mapping(host_port=1)), other("second", mapping(host_port=9))]
     restored, refused = restore(pods, kernel)
     assert restored == [pods[0], pods[2]] and [(pod, error.code) for pod, error in refused] == [(pods[1], 100)]
@@ -1119,7 +1293,7 @@ def test_restore_forgets_flows(dry_run):
 def test_restore_dry_run(kernel):
     """A dry run says the same, and writes nothing."""
     assert restore([WEB], kernel, dry_run=True) == ([WEB], [])
-    assert not kernel.named("transact", "set_localnet", "allow_localhost6")
+    assert not kernel.named("transact", "write", "set_localnet", "allow_localhost6")
 
 
 def test_restore_nothing_lost():
@@ -1145,6 +1319,15 @@ def test_restore_two_interfaces(kernel):
     assert restore([first, second], kernel) == ([first, second], [])
     both = ruleset.attach(first) + ruleset.attach(second, elements(second))
     assert kernel.written == [BASE, both + ruleset.standby_note(CHAIN, "eth1")]
+
+
+def test_restore_two_sandboxes(kernel):
+    """Both sandboxes of a pod come back; the port leads to the one that had it, and the next stands by, as before."""
+    last, following = (attachment(PORT, environ={**VARIABLES, "CNI_CONTAINERID": name, "CNI_ARGS": POD})
+                       for name in ("last", "next"))
+    assert restore([last, following], kernel) == ([last, following], [])
+    both = ruleset.attach(last) + ruleset.attach(following, elements(following))
+    assert kernel.written == [BASE, both + ruleset.standby_note("c/last/eth0", "eth0", "next")]
 
 
 @pytest.mark.parametrize("damaged", [[CHAIN], ["c/web-1/eth1"], [CHAIN, "c/web-1/eth1"]], ids=len)
@@ -1237,13 +1420,13 @@ def test_every_call_fails(name):
         if call == ("unlock",) or verb == "GC" and status == 0:  # GC goes on, one by one
             continue
         assert (status, document["code"]) == (1, 50 if verb == "STATUS" else 5), document
-        writes = [call for call in whole.calls[:fails_at] if call[0] in ("transact", "remove")]
+        writes = [call for call in whole.calls[:fails_at] if call[0] in ("transact", "write")]
         assert kernel.written == whole.written[:len(writes)]
         failed = kernel.calls[-1] == ("lock",)
         assert len(kernel.named("unlock")) == len(kernel.named("lock")) - failed
 
 
-@pytest.mark.parametrize("fails", ["transact", "delete_flows"])
+@pytest.mark.parametrize("fails", ["write", "delete_flows"])
 def test_retry_after_commit(fails):
     """The next ADD replaces what a failed one may have left."""
     first = RecordingKernel()

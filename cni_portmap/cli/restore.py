@@ -8,17 +8,16 @@ from ..libcni_cache import CACHE_DIRS, Memory
 from ..linux.kernel import Kernel
 from ..verbs.restore import restore
 from ..verbs.steps import repair_shared_chains
+from .shared_options import add_cache, add_dry_run, add_plugin
 
 HELP = "re-create rules lost in a firewall reload"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and make no changes")
-    parser.add_argument("--cache", metavar="DIR", action="append", help="read this results folder of libcni instead "
-                        f"of {', '.join(CACHE_DIRS)} (may be repeated)")
-    parser.add_argument("--plugin", metavar="TYPE", default="portmap", help="the type of this plugin in conflists "
-                        "(default: portmap)")
+    add_dry_run(parser)
+    add_cache(parser)
+    add_plugin(parser)
     parser.add_argument("--base-only", action="store_true", help="repair only the chains that all containers share, "
                         "such as the localhost guard")
 

@@ -6,6 +6,7 @@ import sys
 from ..linux.kernel import Kernel
 from ..ruleset import TABLE
 from ..verbs.teardown import teardown
+from .shared_options import add_dry_run
 
 HELP = "close the host's localhost and delete the table, as an uninstallation does"
 
@@ -14,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--force", action="store_true", help="even while containers are published: their ports "
                         "stop answering")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and make no changes")
+    add_dry_run(parser)
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from ..cni import VERSIONS
 from ..explain import violations
 from ..linux.kernel import Kernel
+from .shared_options import add_plugin
 
 HELP = "check the portmap part of a CNI configuration file"
 
@@ -17,8 +18,7 @@ HELP = "check the portmap part of a CNI configuration file"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("file", type=pathlib.Path, metavar="FILE", help="a .conflist or .conf file")
-    parser.add_argument("--plugin", metavar="TYPE", default="portmap",
-                        help="the type of this plugin in FILE (default: portmap)")
+    add_plugin(parser)
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
@@ -71,8 +71,9 @@ def _findings(text: str, plugin: str) -> Iterator[tuple[int, str, str]]:
     for steps, entry in ours:
         if steps == ["plugins", 0]:
             yield _offset(text, steps), "plugins[0]", "a plugin that connects the container before this one"
-        capabilities = entry.get("capabilities")
-        if not isinstance(capabilities, dict) or capabilities.get("portMappings") is not True:
+        capabilities, is_isolated = entry.get("capabilities"), "isolated" in (entry.get("gatewayModeV4"),
+                                                                             entry.get("gatewayModeV6"))
+        if not is_isolated and (not isinstance(capabilities, dict) or capabilities.get("portMappings") is not True):
             yield _offset(text, steps), _path(steps), '"capabilities": {"portMappings": true}, or nothing is published'
         inherited = {key: document[key] for key in ("name", "cniVersion") if key in document}
         for found, _, expected in violations({**entry, **inherited}):

@@ -8,9 +8,10 @@ import posix
 from ..cni import IO_FAILURE, CniError
 
 # errno(3): numbers of x86 and arm, as of most others; the module of that name costs 0.08 ms.
-EPERM, ENOENT, ESRCH, EINTR, ENXIO, EACCES, EEXIST, ENODEV, ENOTDIR = 1, 2, 3, 4, 6, 13, 17, 19, 20
+EPERM, ENOENT, ESRCH, EINTR, ENXIO, EACCES, EBUSY, EEXIST, ENODEV, ENOTDIR = 1, 2, 3, 4, 6, 13, 16, 17, 19, 20
 EINVAL, ENFILE, EMFILE, ENOSPC, EROFS, ENAMETOOLONG = 22, 23, 24, 28, 30, 36
-EBADMSG, ERESTART, EOPNOTSUPP, EAFNOSUPPORT, EADDRINUSE, ENETUNREACH, EHOSTUNREACH = 74, 85, 95, 97, 98, 101, 113
+EBADMSG, ERESTART, EMSGSIZE, EOPNOTSUPP, EAFNOSUPPORT, EADDRINUSE, ENETUNREACH, EHOSTUNREACH = (
+    74, 85, 90, 95, 97, 98, 101, 113)
 
 HINTS = {
     EPERM: "run it as root, with CAP_NET_ADMIN in the network namespace of the host",
@@ -18,6 +19,7 @@ HINTS = {
     EACCES: "run it as root",
     ENFILE: "too many files are open on this host; raise fs.file-max",
     EMFILE: "the runtime's limit of open files is too low; raise it",
+    EMSGSIZE: "too many ports for a socket's buffer here; publish fewer, or raise net.core.wmem_max",
     ENOSPC: "no space left on the device",
     EROFS: "the file system is read-only; mount it read-write for the plugin",
 }

@@ -44,14 +44,14 @@ def by_namespace(owner: "Owner", sight: "Sight", leads_to: "Callable[[str], int]
         return UNKNOWN, "its network namespace is not known"
     inode = owner.inode or leads_to(owner.netns)
     if inode > 0 and (not owner.inode or f"net:[{inode}]" in sight.held):
-        return ALIVE, f"its network namespace {owner.netns} is alive"
+        return ALIVE, f"its network namespace {owner.path} is alive"
     if not inode:
-        return UNKNOWN, f"cannot tell whether its network namespace {owner.netns} is alive: the path cannot be read"
+        return UNKNOWN, f"cannot tell whether its network namespace {owner.path} is alive: the path cannot be read"
     if not owner.inode and owner.netns in sight.mounted:
-        return ALIVE, f"its network namespace {owner.netns} is mounted in another mount namespace"
+        return ALIVE, f"its network namespace {owner.path} is mounted in another mount namespace"
     if sight.obstacle:
-        return UNKNOWN, f"cannot tell whether its network namespace {owner.netns} is alive: {sight.obstacle}"
-    return DEAD, f"its network namespace {owner.netns} is gone"
+        return UNKNOWN, f"cannot tell whether its network namespace {owner.path} is alive: {sight.obstacle}"
+    return DEAD, f"its network namespace {owner.path} is gone"
 
 
 class Sight:
@@ -111,7 +111,7 @@ class Sight:
             return False
         except PermissionError:
             self._refused.add(f"/proc/{process}")
-            self._look_at_mounts(f"/proc/{process}")
+            return self._look_at_mounts(f"/proc/{process}")
         except OSError as error:
             self.obstacle = self.obstacle or f"/proc/{process}: {posix.strerror(error.errno or 0)}"
         return True
@@ -127,23 +127,27 @@ class Sight:
         mounts = posix.readlink(f"{process}/ns/mnt")
         if not self._mounts.get(mounts):
             ours = posix.readlink(f"{process}/ns/user") == self._users  # others can mount what they like, and hide it
-            self._mounts[mounts] = not ours or posix.readlink(f"{process}/root") == "/"
-            self._look_at_mounts(process, ours)
+            whole = not ours or posix.readlink(f"{process}/root") == "/"
+            if not self._look_at_mounts(process, ours):
+                raise ProcessLookupError  # the next process there shows them
+            self._mounts[mounts] = whole
 
-    def _look_at_mounts(self, process: str, has_paths: bool = True) -> None:
-        """Record the namespaces that are mounted there; `has_paths`: and their paths."""
+    def _look_at_mounts(self, process: str, has_paths: bool = True) -> bool:
+        """Record the namespaces mounted there; `has_paths`: and their paths. False if the process has ended."""
         try:
             mounts = _read(f"{process}/mountinfo")
         except OSError as error:
-            if error.errno not in (ENOENT, ESRCH, EINVAL):  # it has ended
-                self.obstacle = self.obstacle or f"{process} does not show its mounts"
-            return
+            if error.errno in (ENOENT, ESRCH, EINVAL):
+                return False
+            self.obstacle = self.obstacle or f"{process} does not show its mounts"
+            return True
         for line in mounts.split("\n"):  # and at nothing else that Python takes for the end of a line
             fields = line.split(" ")
             if len(fields) > 4 and fields[3].startswith("net:["):
                 self.held.add(fields[3])
                 if has_paths:
                     self.mounted.add(_unescape(fields[4]))
+        return True
 
 
 def _net_inode(process: str) -> int:
@@ -212,7 +216,10 @@ def judge(owners: "Iterable[Owner]", has_link: "Callable[[str], bool | None]", l
 
 
 def in_a_second(ask: "Callable[[], int]") -> int | None:
-    """The answer of a child that gets one second, None if it does not return: a path may hang (NFS, FUSE)."""
+    """The answer of a child, None if after a second it waits for something: a path may hang (NFS, FUSE).
+
+    One that is still ready to run only lacks a processor: on a busy host it gets another second, and another.
+    """
     from select import select
     read, write = posix.pipe()
     try:
@@ -229,11 +236,21 @@ def in_a_second(ask: "Callable[[], int]") -> int | None:
         finally:
             posix._exit(0)
     posix.close(write)
-    answer = posix.read(read, 32) if select([read], [], [], PATH_SECONDS)[0] else b""
+    while not (ready := select([read], [], [], PATH_SECONDS)[0]) and not _waits(pid):
+        pass
+    answer = posix.read(read, 32) if ready else b""
     posix.close(read)
     posix.kill(pid, SIGKILL)
     posix.waitpid(pid, 0 if answer else posix.WNOHANG)
     return int(answer) if answer else None
+
+
+def _waits(pid: int) -> bool:
+    """Whether a child neither runs, or is ready to, nor has ended just now. Source: proc(5), /proc/pid/stat."""
+    try:
+        return _read(f"/proc/{pid}/stat").rpartition(")")[2][:2] not in (" R", " Z")
+    except OSError:  # no /proc
+        return True
 
 
 def until(changed: "Callable[[], bool]", seconds: float) -> float:

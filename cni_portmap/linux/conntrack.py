@@ -2,6 +2,7 @@
 
 Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h; net/netfilter/nf_conntrack_netlink.c.
 """
+import posix
 
 from ..attachment import AF
 from . import EINVAL, ENOENT, EOPNOTSUPP, read
@@ -24,6 +25,8 @@ CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS = 1, 2
 CTA_FILTER_F_IP_SRC, CTA_FILTER_F_IP_DST, CTA_FILTER_F_PROTO_NUM, CTA_FILTER_F_DST_PORT = 1, 2, 8, 32
 IPPROTO_TCP, IPPROTO_UDP = 6, 17
 MANY_FLOWS = 1000
+TRACKED = "/proc/net/nf_conntrack"
+FEW_TRACKED = 4000  # below, the text of all flows (1 us each) is cheaper than the kernel's walk to list some
 
 
 class Flow:
@@ -128,10 +131,37 @@ def delete_flows(protocol: int, filters: "Callable[[], list[Filter]]", is_stale:
                 all(conntrack.delete(port, host, target) for _, port, host, target in mine):
             continue
         ports = {port for _, port, *_ in mine}
+        if not ports or (count < FEW_TRACKED and not _may_track(family, protocol, ports)):
+            continue
         port = ports.pop() if len(ports) == 1 else 0
         for _ in range(100):  # an end even where flows stay
-            if not (mine and _delete_listed(conntrack, family, port, is_stale)):
+            if not _delete_listed(conntrack, family, port, is_stale):
                 break
+
+
+def _may_track(family: int, protocol: int, ports: "set[int]") -> bool:
+    """Whether there are flows to any of these ports, as far as /proc says: 0.3 ms in place of 10 for a list.
+
+    It takes no lock for each empty bucket. True where it does not say: a kernel without CONFIG_NF_CONNTRACK_PROCFS, or
+    no right to read it.
+    """
+    text = b""
+    try:
+        fd = posix.open(TRACKED, posix.O_RDONLY | posix.O_CLOEXEC)
+        try:
+            while chunk := posix.read(fd, 1 << 16):
+                text += chunk
+        finally:
+            posix.close(fd)
+    except OSError:
+        return True
+    wanted = frozenset(b"%d" % port for port in ports)
+    for line in text.splitlines():  # ct_seq_show: family, number, protocol, number, ..., the original direction first
+        words = line.split(None, 4)
+        if words[0] == b"ipv%d" % family and words[3] == b"%d" % protocol and \
+                words[4].partition(b" dport=")[2].partition(b" ")[0] in wanted:
+            return True
+    return False
 
 
 def _delete_listed(conntrack: Conntrack, family: int, port: int, is_stale: "Callable[[Flow], bool]") -> bool:

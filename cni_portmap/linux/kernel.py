@@ -6,18 +6,21 @@ from _struct import pack
 
 from .. import ruleset
 from ..attachment import AF
-from ..cni import IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, is_ifname, warn
-from . import (EACCES, EADDRINUSE, EAFNOSUPPORT, EHOSTUNREACH, EINVAL, ENETUNREACH, ENODEV, ENOENT, ENOTDIR, ENXIO,
-               EOPNOTSUPP, EPERM, ERESTART, HINTS, read, system_error)
-from .table import Table
+from ..cni import INVALID_CONFIG, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniError, is_ifname, warn
+from . import (EACCES, EADDRINUSE, EAFNOSUPPORT, EHOSTUNREACH, EINVAL, EMSGSIZE, ENETUNREACH, ENODEV, ENOENT, ENOTDIR,
+               ENXIO, EOPNOTSUPP, EPERM, ERESTART, HINTS, read, system_error)
+from .netlink import named
+from .table import NFPROTO_IPV4, NFPROTO_IPV6, NFT_MSG_GETCHAIN, NFTA_CHAIN_NAME, NFTA_CHAIN_TABLE, Table
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
-    from ..ruleset import Element, Owner
+    from ..reference import Leftover
+    from ..ruleset import Change, Owner
     from .alive import Verdict
+    from .batch import Command
     from .conntrack import Filter, Flow
     from .libnftables import Libnftables
 
@@ -26,6 +29,8 @@ LOCK_SECONDS = 30  # 200 plugins at once need less than one
 HUNG_PATHS = 3
 LOCALHOST_METRIC = 4096  # after the host's own route for ::1, which has 0
 CLONE_NEWNET = 0x40000000
+REFERENCE_CHAINS = (("nat", "CNI-HOSTPORT-DNAT"), ("cni_hostport", "hostports"))  # the rest is in `reference`
+LEGACY = {4: "/proc/net/ip_tables_", 6: "/proc/net/ip6_tables_"}
 NO_ROUTE = (ENXIO, ENODEV, EACCES, EINVAL, EOPNOTSUPP, EAFNOSUPPORT, ENETUNREACH, EHOSTUNREACH)
 
 
@@ -33,8 +38,11 @@ class Lock:
     """One plugin process at a time between reading the ruleset and writing it.
 
     A file lock, so the kernel releases it when its holder dies. The file is root's own: nobody else can open it,
-    and so cannot hold it.
+    and so cannot hold it. `path`: of another such file.
     """
+
+    def __init__(self, path: str = "") -> None:
+        self.path = path or LOCK
 
     def __enter__(self) -> bool:
         """Whether another had it, so that there was a wait."""
@@ -42,18 +50,13 @@ class Lock:
         import fcntl
 
         def too_late(*_: object) -> None:
-            raise CniError(TRY_AGAIN_LATER, f"timed out after {LOCK_SECONDS} s waiting for {LOCK}",
-                           f"see who holds it: fuser -v {LOCK}")
+            raise CniError(TRY_AGAIN_LATER, f"timed out after {LOCK_SECONDS} s waiting for {self.path}",
+                           f"see who holds it: fuser -v {self.path}")
         waited = False
         try:
             while True:
-                self._fd = posix.open(LOCK, posix.O_RDWR | posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC, 0o600)
-                status = posix.fstat(self._fd)
-                if status.st_uid != posix.geteuid() or status.st_mode & 0o77:
-                    raise CniError(IO_FAILURE, f"{LOCK} is accessible to other users", f"remove it: rm {LOCK}")
-                try:
-                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                self._open()
+                if not self._take():
                     waited = True
                     before = _signal.signal(_signal.SIGALRM, too_late)
                     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGALRM])  # a runtime may have blocked it
@@ -63,18 +66,77 @@ class Lock:
                     finally:
                         _signal.setitimer(_signal.ITIMER_REAL, 0)
                         _signal.signal(_signal.SIGALRM, before)
-                try:
-                    if posix.stat(LOCK).st_ino == status.st_ino:
-                        return waited
-                except FileNotFoundError:
-                    pass
-                posix.close(self._fd)  # removed while we waited: lock the one that others will find
+                if self._is_current():
+                    return waited
         except OSError as error:
-            raise system_error(f"cannot lock {LOCK}", error) from None
+            raise system_error(f"cannot lock {self.path}", error) from None
+
+    def attempt(self) -> bool:
+        """Take the lock, to be released by `release`, if nobody has it: for a process that must not wait."""
+        try:
+            self._open()
+            if not self._take():
+                posix.close(self._fd)
+                return False
+            return self._is_current()
+        except OSError as error:
+            raise system_error(f"cannot lock {self.path}", error) from None
+
+    def _open(self) -> None:
+        self._fd = posix.open(self.path, posix.O_RDWR | posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC, 0o600)
+        status = posix.fstat(self._fd)
+        if status.st_uid != posix.geteuid() or status.st_mode & 0o77:
+            posix.close(self._fd)
+            raise CniError(IO_FAILURE, f"{self.path} is accessible to other users", f"remove it: rm {self.path}")
+
+    def _take(self) -> bool:
+        import fcntl
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def _is_current(self) -> bool:
+        """Whether the file that is locked is the one that others will find; else it is closed."""
+        try:
+            if posix.stat(self.path).st_ino == posix.fstat(self._fd).st_ino:
+                return True
+        except FileNotFoundError:
+            pass
+        posix.close(self._fd)  # removed while we waited
+        return False
+
+    def release(self) -> None:
+        """Release it."""
+        posix.close(self._fd)
 
     def __exit__(self, kind: "type[BaseException] | None", error: BaseException | None,
                  traceback: "TracebackType | None") -> None:
-        posix.close(self._fd)
+        self.release()
+
+
+class EmptyNamespace:
+    """A new, empty network namespace; this process is in it for as long as the context lasts."""
+
+    def __init__(self, kernel: "Kernel") -> None:
+        self._kernel = kernel
+
+    def __enter__(self) -> "Kernel":
+        from .libnftables import unshare
+        try:
+            self._home = posix.open("/proc/self/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
+            unshare(CLONE_NEWNET)
+        except OSError as error:
+            raise system_error("cannot create a network namespace to write rules apart", error) from None
+        self._kernel.empty = Kernel()  # kept, see `leave`
+        return self._kernel.empty
+
+    def __exit__(self, kind: "type[BaseException] | None", error: BaseException | None,
+                 traceback: "TracebackType | None") -> None:
+        from .libnftables import setns
+        setns(self._home, CLONE_NEWNET)
+        posix.close(self._home)
 
 
 class Kernel(Table):
@@ -83,7 +145,7 @@ class Kernel(Table):
     def __init__(self) -> None:
         super().__init__()
         self._nft: Libnftables | None = None
-        self._empty: Kernel | None = None
+        self.empty: Kernel | None = None
         self._hung = 0  # paths
         self._local: set[bytes] | None = None
 
@@ -143,7 +205,7 @@ class Kernel(Table):
         return found.st_ino if found.st_dev == own.st_dev else -1  # a file that is left where it was mounted
 
     def namespace_soon(self, path: str) -> int:
-        """`namespace`, asked by a child that gets one second; 0 where it does not come back.
+        """`namespace`, asked by a child; 0 where that has waited for a second in vain.
 
         After some that do not nothing is asked any more: all may be on one file server.
         """
@@ -176,6 +238,40 @@ class Kernel(Table):
         return until(lambda: self.handle(owner.chain) != handle or
                      bool(owner.link and self.has_link(owner.link) is False), seconds)
 
+    # --- the reference plugin ---
+
+    def has_reference(self) -> bool:
+        """Whether the reference plugin portmap may have rules here: a chain of its own is there.
+
+        Four look-ups by name, and nothing is loaded for them: most hosts never had it.
+        """
+        names = (bytes((family, 0, 0, 0)) + named(NFTA_CHAIN_TABLE, table) + named(NFTA_CHAIN_NAME, chain)
+                 for table, chain in REFERENCE_CHAINS for family in (NFPROTO_IPV4, NFPROTO_IPV6))
+        return any(answer is not None for answer in self._ask(NFT_MSG_GETCHAIN, *names)) or \
+            legacy_may_have(4) or legacy_may_have(6)
+
+    def leftovers(self, wanted: "Callable[[str, str], bool]", own: tuple[str, str] = ("", "")) -> "list[Leftover]":
+        """What the reference plugin has written for containers, see `linux.leftovers`."""
+        from .leftovers import leftovers
+        try:
+            return leftovers(self._netlink(), wanted, own)
+        except OSError as error:
+            raise system_error("cannot read the reference plugin's rules", error) from None
+
+    def remove_leftovers(self, generation: int, found: "Sequence[Leftover]") -> bool:
+        """Remove these; False, and nothing is removed, where the ruleset is not that of `generation` any more."""
+        from .leftovers import remove
+        try:
+            return remove(self._netlink(), generation, found)
+        except OSError as error:
+            raise system_error("cannot write nf_tables", error) from None
+
+    def wait_for_leftover(self, leftover: "Leftover", seconds: float) -> float:
+        """Wait until a leftover has gone, not longer than `seconds`; the seconds that took. Never under the lock."""
+        from .alive import until
+        from .leftovers import is_there
+        return until(lambda: not is_there(self._netlink(), leftover), seconds)
+
     # --- writing ---
 
     def lock(self) -> Lock:
@@ -188,19 +284,40 @@ class Kernel(Table):
         if problem:
             raise self._refused(problem)
 
-    def remove(self, generation: int, chains: "Iterable[str]", elements: "Iterable[Element]",
-               inherited: "Mapping[Element, str]", notes: "Iterable[tuple[str, str]]",
-               interfaces: "Iterable[str]") -> bool:
-        """Remove attachments' `chains`, map `elements`, and the notes of `interfaces` (names), as one transaction.
+    def write(self, change: "Change", generation: int = 0) -> bool:
+        """Make a change, as one transaction: nft text where it only adds, else netlink messages (see `batch`).
 
-        In it, too: what is `inherited` leads to other chains from then on, and `notes` (chain, interface) are made of
-        who stands by there. False, and nothing is written, where the ruleset is not that of `generation` (0: whichever)
-        any more, or something of it is gone.
+        False, and nothing is written, where something is to go and the ruleset is not that of `generation` (0:
+        whichever) any more, or what is to go is gone.
         """
-        from .batch import removal, send
         self._kept = None
+        if not change.removes():
+            self.transact(change.text())
+            return True
+        from .batch import commands, copies
+        created = []
+        kept = {chain for chain in change.chains if chain in change.rules and not self.is_hooked(chain)}
+        if change.rules or change.inserted:
+            try:
+                with self.empty_namespace() as empty:
+                    empty.transact(change.apart())
+                    created = [*copies(empty, change.inserted, self.rule_handles, kept)]
+            except CniError:  # its conditions name an interface of this host by index; or no right to make a namespace
+                self.transact(change.text())
+                return True
+        return self._send(commands(generation, change, created, kept))
+
+    def delete_table(self) -> None:
+        """Delete the table, with all that is in it; none is no error."""
+        from .batch import END, begin, delete_table
+        self._kept = None
+        self._send([begin(0), delete_table(), END])
+
+    def _send(self, messages: "Sequence[Command]") -> bool:
+        """Send a transaction; False where what it changes is stale or gone."""
+        from .batch import send
         try:
-            code, command = send(self._netlink(), removal(generation, chains, elements, inherited, notes, interfaces))
+            code, command = send(self._netlink(), messages)
         except OSError as error:
             raise system_error("cannot write nf_tables", error) from None
         if code not in (0, ERESTART, ENOENT):
@@ -213,8 +330,7 @@ class Kernel(Table):
             hint = f"table {ruleset.TABLE} belongs to another program (flags owner)" if self.is_owned() else \
                 HINTS[EPERM]
         elif "Message too long" in problem:
-            hint = "too many ports with another number for this system; publish them under their own, or raise " \
-                "net.core.wmem_max"
+            hint = HINTS[EMSGSIZE]
         return CniError(NFT_REFUSED, f"nftables rejected the transaction: {problem}", hint)
 
     def dry_run(self, text: str) -> str:
@@ -250,35 +366,18 @@ class Kernel(Table):
             self._nft = Libnftables()
         return self._nft
 
-    def enter_empty_namespace(self) -> "Kernel":
-        """Move this process to a new, empty network namespace, to write there what should be and look at it."""
-        from .libnftables import import_lightly
-        ctypes = import_lightly("ctypes")
-        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
-            raise system_error("cannot create a network namespace for the comparison", OSError(ctypes.get_errno(), ""))
-        self._empty = Kernel()  # kept, see `leave`
-        return self._empty
+    def empty_namespace(self) -> "EmptyNamespace":
+        """A new network namespace, to write there what should be and look at it."""
+        return EmptyNamespace(self)
 
     # --- what surrounds the rules ---
 
     def port_in_use(self, family: int, protocol: str, host_ip: str, host_port: int) -> bool:
-        """Whether a process of this host uses the port, by bind(2)'s own judgement."""
-        kind = SOCK_DGRAM if protocol == "udp" else SOCK_STREAM
-        try:
-            probe = socket(AF[family], kind, IPPROTO_SCTP if protocol == "sctp" else 0)
-        except OSError:
-            return False  # no IPv6, or no SCTP: nobody can listen there
-        try:
-            if family == 6:
-                probe.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1)
-            if protocol != "udp":
-                probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)  # connections that end are not listeners
-            probe.bind((host_ip, host_port))
-        except OSError as error:
-            return error.errno == EADDRINUSE
-        finally:
-            probe.close()
-        return False
+        """Whether a process of this host uses the port, but the agent, which holds it for those who publish."""
+        if not _is_bound(family, protocol, host_ip, host_port):
+            return False
+        from .companion import yields
+        return not yields(family, protocol, host_ip, host_port) or _is_bound(family, protocol, host_ip, host_port)
 
     def way_to(self, family: int, ip: str, links: "Sequence[str]") -> tuple[str, bool, list[str]]:
         """The interface of this host that a container's address is directly behind, and the networks of that interface.
@@ -301,6 +400,32 @@ class Kernel(Table):
                 return "", False, []
             raise system_error("cannot find the way to the container", error) from None
 
+    def home_of(self, family: int, ip: str, links: "Sequence[str]") -> tuple[tuple[str, ...], bool]:
+        """The interfaces of this host that lead to a container's own network; and whether it alone is behind them.
+
+        That is where its address is directly behind, and the bridge of its `links`: one without an address has no
+        route, and another interface may be on top of it (VLAN). Raises CniError(5); and CniError(7) where one is a
+        port of a VRF: what is forwarded then comes in on that, whichever of its ports it is from (vrf_l3_rcv).
+        """
+        from .netlink import link_kind, master_of, route_interface
+        try:
+            index = route_interface(family, ip)
+        except OSError as error:
+            if error.errno not in NO_ROUTE:
+                raise system_error("cannot find the way to the container", error) from None
+            index = 0
+        try:
+            indexes = dict.fromkeys(each for each in (index, *map(master_of, links)) if each)
+            names = tuple(name for name in map(if_indextoname, indexes) if is_ifname(name))
+            above = (master_of(name) for name in names if name not in links)
+            kinds = {each: link_kind(each) for each in dict.fromkeys((*indexes, *above)) if each}
+        except OSError as error:
+            raise system_error("cannot read the links of this host", error) from None
+        if "vrf" in kinds.values():
+            raise CniError(INVALID_CONFIG, f"no policy is possible for {ip}: it is behind a VRF ({', '.join(names)})",
+                           "leave out gatewayModeV4, gatewayModeV6, outgoingSourceV4 and outgoingSourceV6 there")
+        return names, bool(index) and kinds[index] != "bridge"
+
     # --- what lets this host's localhost reach containers ---
 
     def localhost_obstacle(self, family: int, name: str) -> str:
@@ -310,6 +435,10 @@ class Kernel(Table):
             if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and \
                     link_kind(if_nametoindex(name)) == "bridge":
                 return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
+            for setting in "seg6_enabled", "rpl_seg_enabled":  # the way goes on after all rules (ipv6_srh_rcv)
+                paths = (f"/proc/sys/net/ipv6/conf/{which}/{setting}" for which in ("all", name))
+                if all(read(path) not in (b"", b"0") for path in paths):
+                    return f"net.ipv6.conf.{name}.{setting}=1 lets neighbours send packets on to ::1, past all rules"
             return ""
         if self.localnet(name):
             return ""
@@ -431,8 +560,17 @@ class Kernel(Table):
         yield from (netlink.fileno() for netlink in self._sockets)
         if self._nft is not None and self._nft.fd >= 0:
             yield self._nft.fd
-        if self._empty is not None:
-            yield from self._empty._descriptors()
+        if self.empty is not None:
+            yield from self.empty._descriptors()
+
+
+def legacy_may_have(family: int) -> bool:
+    """Whether iptables-legacy may have rules of the reference plugin: it has nat rules, and the match they need."""
+    try:
+        return b"nat\n" in read(f"{LEGACY[family]}names", 4096) and \
+            b"multiport\n" in read(f"{LEGACY[family]}matches", 4096)
+    except OSError:  # another user's
+        return False
 
 
 def _localnet(interface: str) -> str:
@@ -444,3 +582,23 @@ def _is_interface(name: str) -> bool:
         return bool(if_nametoindex(name))
     except OSError:
         return False
+
+
+def _is_bound(family: int, protocol: str, host_ip: str, host_port: int) -> bool:
+    """Whether a process of this host uses the port, by bind(2)'s own judgement."""
+    kind = SOCK_DGRAM if protocol == "udp" else SOCK_STREAM
+    try:
+        probe = socket(AF[family], kind, IPPROTO_SCTP if protocol == "sctp" else 0)
+    except OSError:
+        return False  # no IPv6, or no SCTP: nobody can listen there
+    try:
+        if family == 6:
+            probe.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1)
+        if protocol != "udp":
+            probe.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)  # connections that end are not listeners
+        probe.bind((host_ip, host_port))
+    except OSError as error:
+        return error.errno == EADDRINUSE
+    finally:
+        probe.close()
+    return False

@@ -11,6 +11,7 @@ from ..cni import IO_FAILURE, NFT_REFUSED, CniError, give_up, is_serving
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     from nftables import Nftables
@@ -109,11 +110,35 @@ def _answer_if_it_exits() -> None:
 
     on_exit(3) is called by exit(3) only: this plugin itself ends with _exit.
     """
-    import ctypes
     if not _at_exit:
         error = CniError(NFT_REFUSED, "libnftables exited unexpectedly; see stderr", "no changes were made")
-        _at_exit.append(ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(lambda *_: give_up(error)))
-        ctypes.CDLL(None).on_exit(_at_exit[0], None)
+        _at_exit.append(on_exit(lambda: give_up(error)))
 
 
 _at_exit: list[object] = []  # kept for as long as C may call it
+
+# What Python has not of the C library: the bundle has it in C, with the binding of libnftables (packaging/native.c).
+if hasattr(sys, "frozen"):
+    import nftables
+    on_exit, unshare, setns = nftables.on_exit, nftables.unshare, nftables.setns
+else:
+    def on_exit(call: "Callable[[], object]") -> object:
+        """Let exit(3) call a function at the end; what has to be kept until then."""
+        import ctypes
+        kept = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(lambda *_: call())
+        ctypes.CDLL(None).on_exit(kept, None)
+        return kept
+
+    def unshare(flags: int) -> None:
+        """Leave namespaces for new ones, as os does it from Python 3.12 on. Raises OSError."""
+        _libc("unshare", flags)
+
+    def setns(fd: int, flags: int) -> None:
+        """Enter a namespace, as os does it from Python 3.12 on. Raises OSError."""
+        _libc("setns", fd, flags)
+
+    def _libc(function: str, *arguments: int) -> None:
+        ctypes = import_lightly("ctypes")
+        if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments):
+            code = ctypes.get_errno()
+            raise OSError(code, posix.strerror(code))

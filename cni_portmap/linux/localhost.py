@@ -12,9 +12,9 @@ from socket import AF_INET, if_indextoname, if_nametoindex, inet_ntop
 from typing import NamedTuple
 
 from ..ruleset import OPENED
-from .expressions import DnatRule, expressions
+from .expressions import DnatRule
 from .kernel import LOCALHOST_METRIC, Kernel
-from .netlink import delete_local_route, interface_to, local_routes, prefixes_of
+from .netlink import delete_local_route, interface_to, link_kind, local_routes, prefixes_of, uplink
 from .table import translations
 
 # Other publishers whose DNAT rules forward this host's localhost to containers, by the names of tables and chains.
@@ -44,6 +44,12 @@ def open_interfaces() -> list[str]:
     """The interfaces that are open to 127.0.0.0/8, but those that have an address of it: somebody uses it there."""
     return [name for name in _interfaces() if _is_open(name) and not any(
         prefix.startswith("127.") for prefix in prefixes_of(4, if_nametoindex(name)))]
+
+
+def open_bridges() -> list[str]:
+    """Those of them that are bridges, but the uplink: of those that publishers open, they outlive their containers."""
+    indexes = {name: if_nametoindex(name) for name in open_interfaces()}
+    return [name for name, index in indexes.items() if link_kind(index) == "bridge" and index != uplink(4)]
 
 
 def _is_open(name: str) -> bool:
@@ -104,10 +110,5 @@ def _needed_by_others() -> Iterator[tuple[str, str]]:
 
 def _target(raw: bytes) -> bytes:
     """The IPv4 address, packed, that a rule translates to: nftables' own dnat, or iptables' DNAT; b"" for none."""
-    for name, fields in expressions(raw):
-        if name == "target" and fields.get(1) == b"DNAT\0":  # NFTA_TARGET_NAME, _REV, _INFO
-            info = fields.get(3, b"")
-            # struct nf_nat_ipv4_multi_range_compat, revision 0; struct nf_nat_range, later ones
-            return info[8:12] if not int.from_bytes(fields.get(2, b""), "big") else info[4:8]
-    target = DnatRule(raw, lambda _: ()).target
+    target = DnatRule(raw, lambda _: (), 4).target
     return target if len(target) == 4 else b""

@@ -76,6 +76,11 @@ class Socket:
         """The descriptor."""
         return self._socket.fileno()
 
+    def port(self) -> int:
+        """The number by which the kernel knows this socket."""
+        self._socket.bind((0, 0))
+        return int(self._socket.getsockname()[0])
+
     def be_strict(self) -> None:
         """Let the kernel filter lists by what a question says (NETLINK_GET_STRICT_CHK, since Linux 4.20)."""
         self._socket.setsockopt(270, 12, 1)  # SOL_NETLINK

@@ -4,18 +4,18 @@ Source: include/uapi/linux/netfilter/nfnetlink.h, nf_tables.h; the enums' names 
 """
 
 from .. import ruleset
-from ..cni import FOREIGN_TABLE, CniError
-from . import EINVAL, ENOENT, system_error
-from .netlink import NETLINK_NETFILTER, Socket, attribute, attributes, named, nested, text
+from ..cni import FOREIGN_TABLE, TRY_AGAIN_LATER, CniError
+from . import EINTR, EINVAL, ENOENT, system_error
+from .netlink import NETLINK_NETFILTER, NLM_F_DUMP, Socket, attribute, attributes, named, nested, text
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from ..ruleset import Element, Owner
+    from ..ruleset import Element, Member, Owner
     from .expressions import DnatRule
 
-NFPROTO_INET, NFPROTO_IPV4 = 1, 2
+NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NFGENMSG = bytes((NFPROTO_INET, 0, 0, 0))  # family, version, resource
 NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = (
     10 << 8 | message for message in (1, 4, 7, 10, 13, 16))  # NFNL_SUBSYS_NFTABLES
@@ -24,13 +24,14 @@ NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_HANDLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK = 1, 2, 3, 4
 NFTA_CHAIN_POLICY, NFTA_CHAIN_USE, NFTA_CHAIN_TYPE = 5, 6, 7
-NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 1, 2, 4, 7
+NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 1, 2, 3, 4, 7
 NFTA_SET_TABLE, NFTA_SET_NAME = 1, 2
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
-NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_USERDATA = 1, 2, 6
+NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_USERDATA, NFTA_SET_ELEM_KEY_END = 1, 2, 6, 10
 NFTA_LIST_ELEM = 1
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CHAIN = 1, 2, 2
 NFTNL_UDATA_COMMENT = 0  # of a rule, and of an element
+_OF_A_RULE = "__", "c/"  # begin the names of sets without one of their own, and of an attachment's maps of ports
 MANY_PORTS = 100  # above, listing all of the maps is quicker than to ask for each element
 
 
@@ -71,7 +72,8 @@ class Table:
     def _dump(self, kind: int, body: bytes = NFGENMSG) -> list[bytes]:
         """All objects of a kind; none where the set or table that was named does not exist."""
         try:
-            return self._netlink().dump(kind, body)
+            netlink = self._netlink()
+            return dump_elements(netlink, body) if kind == NFT_MSG_GETSETELEM else netlink.dump(kind, body)
         except OSError as error:
             if error.errno == ENOENT and kind == NFT_MSG_GETSETELEM:
                 return []
@@ -80,7 +82,7 @@ class Table:
     def generation(self) -> int:
         """The number of the last transaction that changed the ruleset of this host; never 0.
 
-        From here on the rules of a chain are read once, until `Kernel.remove`: where they have changed it is refused.
+        From here on the rules of a chain are read once, until `Kernel.write`: where they have changed it is refused.
         """
         self._kept = {}
         answer, = self._ask(NFT_MSG_GETGEN, bytes(4))
@@ -122,15 +124,25 @@ class Table:
         """Whether the table has such a chain."""
         return self._chain(chain) is not None
 
+    def is_hooked(self, chain: str) -> bool:
+        """Whether the chain hangs on a hook, as none of an attachment does."""
+        return NFTA_CHAIN_HOOK in (self._chain(chain) or {})
+
     def handle(self, chain: str) -> int:
-        """The chain's handle, which no other chain has had or will have; 0 for no chain."""
-        return _handle(self._chain(chain) or {})
+        """The lowest handle of a chain's rules, by which one tells whether it was written anew; 0 for none.
+
+        No other rule has had it or will have it, while the chain's own handle stays where its rules are replaced.
+        """
+        return min((int.from_bytes(handle, "big") for handle in self.rule_handles(chain)), default=0)
 
     def handles(self) -> dict[str, int]:
-        """The handle of each chain of the table that has a name of ours."""
-        chains, names = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETCHAIN)), _OwnNames()
-        return {names[found[NFTA_CHAIN_NAME]]: _handle(found) for found in chains
-                if found.get(NFTA_CHAIN_TABLE) == self._name.encode() + b"\0"}
+        """The same of each chain of the table that has a name of ours, and rules."""
+        found: dict[str, int] = {}
+        names = _OwnNames()
+        for rule in self.rule_attributes(""):
+            chain, handle = names[rule[NFTA_RULE_CHAIN]], int.from_bytes(rule[NFTA_RULE_HANDLE], "big")
+            found[chain] = min(handle, found.get(chain, handle))
+        return found
 
     def references(self, chain: str) -> int:
         """The number of map elements and rules that refer to `chain` (NFTA_CHAIN_USE less its own rules)."""
@@ -150,10 +162,23 @@ class Table:
             self._kept[chain] = self._read_rules(chain)
         return self._kept[chain]
 
-    def _read_rules(self, chain: str) -> list[tuple[str, str, bytes]]:
+    def rule_attributes(self, chain: str) -> list[dict[int, bytes]]:
+        """The attributes (enum nft_rule_attributes) of each rule of `chain`, or of the whole table."""
         body = NFGENMSG + named(NFTA_RULE_TABLE, self._name) + (named(NFTA_RULE_CHAIN, chain) if chain else b"")
-        rules, names = (dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body)), _OwnNames()
-        return [(names[found.get(NFTA_RULE_CHAIN, b"")], _comment(found.get(NFTA_RULE_USERDATA, b"")),
+        return [dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body)]
+
+    def rule_handles(self, chain: str) -> list[bytes]:
+        """The handle of each rule of a chain, as the kernel has it."""
+        return [handle for handle, _ in self.handles_and_comments(chain)]
+
+    def handles_and_comments(self, chain: str) -> list[tuple[bytes, str]]:
+        """The handle of each rule of a chain, and its comment, as they are now."""
+        return [(rule[NFTA_RULE_HANDLE], comment_in(rule.get(NFTA_RULE_USERDATA, b"")))
+                for rule in self.rule_attributes(chain)]
+
+    def _read_rules(self, chain: str) -> list[tuple[str, str, bytes]]:
+        rules, names = self.rule_attributes(chain), _OwnNames()
+        return [(names[found.get(NFTA_RULE_CHAIN, b"")], comment_in(found.get(NFTA_RULE_USERDATA, b"")),
                  found.get(NFTA_RULE_EXPRESSIONS, b"")) for found in rules]
 
     def comments(self, chain: str) -> list[str]:
@@ -174,9 +199,8 @@ class Table:
 
     def dnat_rules(self, chain: str) -> "list[DnatRule]":
         """The dnat rules of a chain."""
-        from .expressions import DnatRule
-        found = (DnatRule(raw, self.set_elements) for _, _, raw in self.rules(chain))
-        return [rule for rule in found if rule.target]
+        from .expressions import dnat_rules
+        return [rule for _, _, raw in self.rules(chain) for rule in dnat_rules(raw, self.set_elements) if rule.target]
 
     def targets(self, chains: "Iterable[str]") -> dict[str, set[bytes]]:
         """The container addresses, packed, that each chain translates to."""
@@ -186,44 +210,94 @@ class Table:
         from .expressions import target_of
         return {target_of(raw) for _, _, raw in self.rules(chain)} - {b""}
 
-    def snapshot(self, chain: str) -> "list[tuple[object, ...]]":
+    def snapshot(self, chain: str, each_port: bool = False) -> "list[tuple[object, ...]]":
         """A chain in a form that can be compared with the same chain elsewhere: its hook, then each of its rules.
 
-        Counters have no values in it, and anonymous sets their elements in place of their names. A rule for many ports
-        that cni-portmap 0.1 wrote is those that are written now.
+        Counters have no values in it, sets and maps of a rule have their elements in place of names, and a range is two
+        comparisons, as libnftables 1.0 writes it. `each_port`: a rule for many ports is a rule for each; that of
+        cni-portmap 0.1 had another form.
         """
         from .expressions import expressions, one_port_each
         found = self._chain(chain)
         if found is None:
             return []
         hook = tuple(found.get(kind) for kind in (NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE))
-        return [hook, *((comment, *map(self._comparable, rule)) for _, comment, raw in self.rules(chain)
-                        for rule in one_port_each([*expressions(raw)], self.set_elements))]
+        rules = ((comment, rule) for _, comment, raw in self.rules(chain) for rule in (
+            one_port_each([*expressions(raw)], self.set_elements) if each_port else [expressions(raw)]))
+        return [hook, *((comment, *(part for each in rule for part in self._comparable(each)))
+                        for comment, rule in rules)]
 
-    def _comparable(self, expression: "tuple[str, dict[int, bytes]]") -> tuple[object, ...]:
+    def _comparable(self, expression: "tuple[str, dict[int, bytes]]") -> "Iterator[tuple[object, ...]]":
+        from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, comparisons
         name, found = expression
         if name == "counter":
-            return (name,)
-        if name == "lookup":
-            from .expressions import NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG
-            if found[NFTA_LOOKUP_SET].startswith(b"__"):
-                return (name, *sorted(self._raw_elements(text(found[NFTA_LOOKUP_SET]))),
-                        *(found.get(kind) for kind in (NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS)))
-        return expression
+            yield (name,)
+        elif name == "lookup" and text(found[NFTA_LOOKUP_SET]).startswith(_OF_A_RULE):
+            yield (name, *sorted(self.raw_elements(text(found[NFTA_LOOKUP_SET]))),
+                   *(found.get(kind) for kind in (NFTA_LOOKUP_SREG, NFTA_LOOKUP_DREG, NFTA_LOOKUP_FLAGS)))
+        elif name == "range":
+            yield from comparisons(found) or [expression]
+        else:
+            yield expression
 
     # --- sets and maps ---
 
     def has_set(self, name: str) -> bool:
         """Whether the table has a set or map of that name."""
+        return self.set_attributes(name) is not None
+
+    def set_attributes(self, name: str) -> dict[int, bytes] | None:
+        """The attributes of a set or map (enum nft_set_attributes), None where there is no such set."""
         answer, = self._ask(NFT_MSG_GETSET, NFGENMSG + named(NFTA_SET_TABLE, self._name) + named(NFTA_SET_NAME, name))
-        return answer is not None
+        return None if answer is None else dict(attributes(answer, 4))
+
+    def port_maps(self, chains: "Iterable[str]") -> list[str]:
+        """The names of the maps of ports that are there of these chains."""
+        found, chains, number = [], [*chains], 1
+        while chains:
+            names = [ruleset.port_map_of(chain, number) for chain in chains]
+            there = self._ask(NFT_MSG_GETSET, *(NFGENMSG + named(NFTA_SET_TABLE, self._name) +
+                                                named(NFTA_SET_NAME, name) for name in names))
+            found += [name for name, answer in zip(names, there, strict=True) if answer is not None]
+            chains = [chain for chain, answer in zip(chains, there, strict=True) if answer is not None]
+            number += 1
+        return found
 
     def lookup(self, elements: "Iterable[Element]") -> "dict[Element, str]":
         """The chain that each map element leads to, "" for one that is not ours; what does not exist is left out."""
         wanted = [*elements]
+        if len(wanted) > MANY_PORTS:
+            listed: dict[Element, str] = {}
+            for name in ruleset.MAPS:
+                its = {element for element in wanted if element[0] == name}
+                few = self._few_elements(name, len(its)) if its else {}
+                listed |= few if few is not None else self._lookup([*its])
+            return {element: listed[element] for element in wanted if element in listed}
+        return self._lookup(wanted)
+
+    def _few_elements(self, name: str, most: int) -> "dict[Element, str] | None":
+        """All elements of a map; None where it has more than `most`, and it is quicker to ask for each."""
+        netlink, names = self.open_socket(), _OwnNames()
+        found: dict[Element, str] = {}
+        listed = 0
+        try:
+            for answer in netlink.stream(NFT_MSG_GETSETELEM, self._list_of(name), NLM_F_DUMP):
+                some = {(name, key): names[chain] for key, chain in self._verdicts(name, list_elements(answer))}
+                found |= some
+                listed += len(some)
+                if len(found) > most or len(found) < listed:  # one came twice: see dump_elements
+                    return None
+        except OSError as error:
+            return {} if error.errno == ENOENT else None
+        finally:
+            self._sockets.remove(netlink)
+            netlink.close()
+        return found
+
+    def _lookup(self, wanted: "list[Element]") -> "dict[Element, str]":
         answers, names = self._ask(NFT_MSG_GETSETELEM, *(self._element(name, key) for name, key in wanted)), _OwnNames()
         return {element: names[chain] for element, answer in zip(wanted, answers, strict=True) if answer is not None
-                for raw in _list_elements(answer) for _, chain in _verdict(raw)}
+                for raw in list_elements(answer) for _, chain in _verdict(raw)}
 
     def elements(self) -> "list[tuple[Element, str]]":
         """All map elements, each with the chain that it leads to, "" for one that is not ours."""
@@ -238,7 +312,7 @@ class Table:
 
     def set_elements(self, name: bytes) -> "list[tuple[bytes, bytes]]":
         """Key and value of each element of a set or map (a name as the kernel has it)."""
-        found = (dict(attributes(raw)) for raw in self._raw_elements(text(name)))
+        found = (dict(attributes(raw)) for raw in self.raw_elements(text(name)))
         return [(_data(each, NFTA_SET_ELEM_KEY), _data(each, NFTA_SET_ELEM_DATA)) for each in found]
 
     def has_element(self, name: str, key: bytes) -> bool:
@@ -248,32 +322,56 @@ class Table:
 
     def set_comments(self, name: str) -> "list[tuple[bytes, str]]":
         """Key and comment of each element of a set."""
-        found = (dict(attributes(raw)) for raw in self._raw_elements(name))
-        return [(_data(each, NFTA_SET_ELEM_KEY), _comment(each.get(NFTA_SET_ELEM_USERDATA, b""))) for each in found]
+        found = (dict(attributes(raw)) for raw in self.raw_elements(name))
+        return [(_data(each, NFTA_SET_ELEM_KEY), comment_in(each.get(NFTA_SET_ELEM_USERDATA, b""))) for each in found]
+
+    def members(self, name: str) -> "list[tuple[Member, str]]":
+        """All elements of a set of `exposure`, each with its comment; none where there is no such set."""
+        found, names = (dict(attributes(raw)) for raw in self.raw_elements(name)), _OwnNames()
+        return [((name, _data(each, NFTA_SET_ELEM_KEY), _data(each, NFTA_SET_ELEM_KEY_END),
+                  names[chain] if (chain := _chain_in(each)) else _data(each, NFTA_SET_ELEM_DATA)),
+                 comment_in(each.get(NFTA_SET_ELEM_USERDATA, b""))) for each in found]
+
+    def element_comments(self, elements: "Iterable[Element]") -> "dict[Element, str]":
+        """The comment of each element of a set or map; what does not exist is left out."""
+        wanted = [*elements]
+        answers = self._ask(NFT_MSG_GETSETELEM, *(self._element(*element) for element in wanted))
+        return {element: comment_in(dict(attributes(raw)).get(NFTA_SET_ELEM_USERDATA, b""))
+                for element, answer in zip(wanted, answers, strict=True) if answer is not None
+                for raw in list_elements(answer)}
 
     def _element(self, name: str, key: bytes) -> bytes:
         return NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name) + \
             nested(NFTA_SET_ELEM_LIST_ELEMENTS,
                    nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))))
 
-    def _verdicts(self, name: str) -> "Iterator[tuple[bytes, bytes]]":
-        for raw in self._raw_elements(name):
+    def _verdicts(self, name: str, elements: "Iterable[bytes] | None" = None) -> "Iterator[tuple[bytes, bytes]]":
+        for raw in self.raw_elements(name) if elements is None else elements:
             for key, chain in _verdict(raw):
                 if len(key) != ruleset.KEY_SIZES[name]:
                     raise _reading_failed(OSError(EINVAL, "the map has another type"))
                 yield key, chain
 
-    def _raw_elements(self, name: str) -> "Iterator[bytes]":
-        body = NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name)
-        for answer in self._dump(NFT_MSG_GETSETELEM, body):
-            yield from _list_elements(answer)
+    def raw_elements(self, name: str) -> "Iterator[bytes]":
+        """The elements of a set or map, each raw (enum nft_set_elem_attributes)."""
+        for answer in self._dump(NFT_MSG_GETSETELEM, self._list_of(name)):
+            yield from list_elements(answer)
+
+    def _list_of(self, name: str) -> bytes:
+        return NFGENMSG + named(NFTA_SET_ELEM_LIST_TABLE, self._name) + named(NFTA_SET_ELEM_LIST_SET, name)
 
     # --- what is whose ---
 
-    def elements_wanted_by(self, chain: str) -> "set[Element]":
-        """The map elements that could lead to a chain: its rules have something for them."""
-        return {element for rule in self.dnat_rules(chain)
-                for element in ruleset.elements_for(rule.target, rule.daddr, rule.protocol, rule.ports)}
+    def elements_wanted_by(self, chain: str) -> "dict[Element, bool]":
+        """The map elements that could lead to a chain: its rules have something for them.
+
+        Each with whether it surely does: it is of every address, and a rule without any address has made it.
+        """
+        found: dict[Element, bool] = {}
+        for rule in self.dnat_rules(chain):
+            for element in ruleset.elements_for(rule.target, rule.daddr, rule.protocol, rule.ports):
+                found[element] = found.get(element, False) or not rule.daddr
+        return found
 
     def owned_elements(self, chains: "Iterable[str]") -> "list[tuple[Element, str]]":
         """The map elements that lead to one of `chains`, each with its chain: what they own."""
@@ -309,14 +407,30 @@ def _reading_failed(error: OSError) -> CniError:
     if error.errno == EINVAL:
         return CniError(FOREIGN_TABLE, f"table {ruleset.TABLE} has a foreign set or map",
                         f"the maps of this plugin are {', '.join(ruleset.MAPS)}; see: nft list table {ruleset.TABLE}")
+    if error.errno == EINTR:
+        return CniError(TRY_AGAIN_LATER, "cannot read nf_tables: it kept changing",
+                        "no changes were made; see who changes it: nft monitor")
     return system_error("cannot read nf_tables", error)
 
 
-def _handle(chain: dict[int, bytes]) -> int:
-    return int.from_bytes(chain.get(NFTA_CHAIN_HANDLE, b""), "big")
+def dump_elements(netlink: "Socket", body: bytes, key: "Callable[[bytes], object]" = bytes) -> list[bytes]:
+    """The bodies of the messages that list a set's elements; asked again where one element is listed twice.
+
+    Then others were left out: while the kernel's hash table grows, some milliseconds after a large transaction, each
+    part of a dump skips as many as there were before it, in another order. `key` tells elements apart, by default all
+    of one. Raises OSError. Source: kernel function nft_rhash_walk.
+    """
+    for _ in range(100):
+        answers = netlink.dump(NFT_MSG_GETSETELEM, body)
+        if len(answers) == 1:
+            return answers
+        found = [key(element) for answer in answers for element in list_elements(answer)]
+        if len({*found}) == len(found):
+            return answers
+    raise OSError(EINTR, "the elements kept changing during the dump")
 
 
-def _list_elements(answer: bytes) -> "Iterator[bytes]":
+def list_elements(answer: bytes) -> "Iterator[bytes]":
     """The elements in a message that lists some, each raw (enum nft_set_elem_attributes)."""
     for kind, found in attributes(answer, 4):
         if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
@@ -341,12 +455,17 @@ def _verdict(element: bytes) -> "Iterator[tuple[bytes, bytes]]":
     """Key and chain of a verdict map's element; none for a catch-all element, which has no key."""
     found = dict(attributes(element))
     key = _data(found, NFTA_SET_ELEM_KEY)
-    data = dict(attributes(found.get(NFTA_SET_ELEM_DATA, b"")))
     if key:
-        yield key, dict(attributes(data.get(NFTA_DATA_VERDICT, b""))).get(NFTA_VERDICT_CHAIN, b"")
+        yield key, _chain_in(found)
 
 
-def _comment(userdata: bytes) -> str:
+def _chain_in(element: dict[int, bytes]) -> bytes:
+    """The chain that an element leads to, as the kernel has it; b"" for one without a verdict."""
+    data = dict(attributes(element.get(NFTA_SET_ELEM_DATA, b"")))
+    return dict(attributes(data.get(NFTA_DATA_VERDICT, b""))).get(NFTA_VERDICT_CHAIN, b"")
+
+
+def comment_in(userdata: bytes) -> str:
     """The comment among a rule's or an element's user data (libnftnl's own format: type, length, value)."""
     at = 0
     while at + 2 <= len(userdata):
@@ -358,10 +477,12 @@ def _comment(userdata: bytes) -> str:
 
 
 def record_in(comments: "Iterable[str]") -> str:
-    """The owner's record at the head of a chain: the comments up to the first rule without one."""
+    """The owner's record at the head of a chain: comments as long as may be, and the first that is shorter."""
     record = []
     for comment in comments:
-        if not comment:
+        if not comment or ruleset.is_comment_of_rule(comment):
             break
         record.append(comment)
+        if len(comment) < ruleset.COMMENT_MAX:
+            break
     return "".join(record)

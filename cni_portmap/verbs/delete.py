@@ -1,33 +1,36 @@
 """DEL: remove what an attachment owns; for GC and the command, remove many."""
 from .. import ruleset
 from ..cni import TRY_AGAIN_LATER, CniError
-from .steps import inheritance
+from .steps import LAST_TRIES, TRIES, changed_each_time, detach, expose
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from ..linux.kernel import Kernel
-    from ..ruleset import Owner
+    from ..ruleset import Element, Owner
 
 
-# How often to read again what somebody else's transaction may have changed before ours. Where others write all the
-# time, to whatever tables, the last tries mind only what is gone: between our own calls there is the lock.
-TRIES, LAST_TRIES = 10, 5
+def delete(container_id: str, ifname: str, network: str, kernel: "Kernel") -> None:
+    """Remove all that an attachment owns, whatever it was asked to publish, and nothing else.
+
+    And what the reference plugin has left of it, if that was in this one's place when the container was started.
+    """
+    both = (ruleset.chain_of(container_id, ifname, by) for by in (ruleset.BY_RUNTIME, ruleset.BY_OPERATOR))
+    chains = [chain for chain in both if kernel.has_chain(chain)]
+    if chains:  # most containers publish nothing, and runtimes repeat DEL
+        remove(chains, kernel)
+    if kernel.has_reference():
+        from .leftovers import delete as delete_leftovers
+        delete_leftovers(container_id, network, kernel)
 
 
-def delete(container_id: str, ifname: str, kernel: "Kernel") -> None:
-    """Remove all that an attachment owns, whatever it was asked to publish, and nothing else."""
-    chain = ruleset.chain_of(container_id, ifname)
-    if not kernel.has_chain(chain):
-        return  # most containers publish nothing, and runtimes repeat DEL
-    remove([chain], kernel)
-
-
-def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] | None" = None) -> None:
+def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] | None" = None,
+           going_on: "Container[Element]" = ()) -> None:
     """Remove attachments' chains, those that exist, with all that leads to them, in one transaction.
 
-    `handles`: what was judged; a chain with another handle was written meanwhile, and stays.
+    `handles`: what was judged; a chain with another handle was written meanwhile, and stays. `going_on`: elements that
+    another plugin publishes for the same container, so that their flows go on.
     """
     chains = [*chains]
     with kernel.lock():
@@ -36,24 +39,29 @@ def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] |
             there = [chain for chain in chains if (kernel.has_chain(chain) if handles is None else
                                                    kernel.handle(chain) == handles.get(chain))]
             owned, targets = kernel.owned_elements(there), kernel.targets(there)
-            if not there or kernel.remove(generation, there, [element for element, _ in owned],
-                                          *inheritance(there, owned, kernel), kernel.noted_and_gone()):
+            change = ruleset.Change()
+            detach(change, there, owned, owned, kernel)
+            if there:
+                expose(change, (), kernel)
+                change.forgotten = kernel.noted_and_gone()
+            if not there or kernel.write(change, generation):
                 break
         else:
-            raise CniError(TRY_AGAIN_LATER, f"table {ruleset.TABLE} changed each time between reading and writing",
-                           "no changes were made; see who changes it: nft monitor")
-    if owned:
+            raise changed_each_time()
+    released = [item for item in owned if item[0] not in going_on]
+    if released:
         from .flows import delete_released_flows
-        delete_released_flows(owned, targets, kernel)
+        delete_released_flows(released, targets, kernel)
 
 
-def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel") -> "list[tuple[Owner, CniError]]":
+def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel",
+                going_on: "Container[Element]" = ()) -> "list[tuple[Owner, CniError]]":
     """Remove the chains of these owners, but not those that were rewritten since their `handles` were read.
 
     After an error it goes on one by one; returns those that could not be removed, each with the reason.
     """
     try:
-        remove([owner.chain for owner in stale], kernel, handles)
+        remove([owner.chain for owner in stale], kernel, handles, going_on)
         return []
     except CniError as error:
         if error.code == TRY_AGAIN_LATER:
@@ -61,7 +69,7 @@ def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel")
     refused = []
     for owner in stale:
         try:
-            remove([owner.chain], kernel, handles)
+            remove([owner.chain], kernel, handles, going_on)
         except CniError as error:
             if error.code == TRY_AGAIN_LATER:
                 raise

@@ -10,7 +10,7 @@ from ..attachment import AF, Attachment
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ..linux.conntrack import Filter, Flow
     from ..linux.kernel import Kernel
@@ -54,12 +54,30 @@ class Released:
         return flow.target in self._targets and (flow.destination in hosts or b"" in hosts)
 
 
-def delete_flows_elsewhere(attachment: Attachment, kernel: "Kernel") -> None:
-    """Delete the flows, of protocols that have no connections, to published ports that lead elsewhere."""
+def delete_flows_elsewhere(attachment: Attachment, leads: "Mapping[Element, str]", kernel: "Kernel") -> None:
+    """Delete the flows, of protocols that have no connections, to published ports that lead elsewhere.
+
+    `leads`: elements, each with the chain that it leads to; what the attachment only stands by for is another's.
+    """
     targets = {inet_pton(AF[family], address.ip) for family, address in attachment.addresses.items()}
-    for protocol, claims in _claims(ruleset.elements_of(attachment)).items():
+    own = ruleset.own_chain(attachment)
+    for protocol, claims in _claims(element for element, chain in leads.items() if chain == own).items():
         if protocol != ruleset.PROTOCOL_NUMBERS["tcp"]:  # there a new connection is a new flow
             stale = Elsewhere(claims, targets, kernel)
+            kernel.delete_flows(protocol, stale.filters, stale.matches)
+
+
+def delete_flows_to(claimed: "dict[str, list[Element]]", kernel: "Kernel") -> None:
+    """Delete the flows, of protocols that have no connections, to ports that a chain publishes, which lead elsewhere.
+
+    `claimed`: the elements of each chain, which were not there for a while.
+    """
+    for chain, elements in claimed.items():
+        claims = _claims(elements)
+        claims.pop(ruleset.PROTOCOL_NUMBERS["tcp"], None)
+        targets = kernel.targets([chain])[chain] if claims else set()
+        for protocol, its in claims.items():
+            stale = Elsewhere(its, targets, kernel)
             kernel.delete_flows(protocol, stale.filters, stale.matches)
 
 

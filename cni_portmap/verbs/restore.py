@@ -3,7 +3,7 @@
 After `nft flush ruleset` or a firewall's reload the kernel has lost every published port, while the containers live
 on and no runtime calls again. No call of a runtime needs any of this.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .. import ruleset
@@ -11,27 +11,31 @@ from ..attachment import Attachment, Port
 from ..cni import PORT_TAKEN, CniError
 from ..linux.alive import DEAD
 from ..linux.kernel import Kernel
-from ..linux.localhost import open_interfaces
+from ..linux.localhost import open_bridges, open_interfaces
 from .delete import remove_each
 from .flows import delete_flows_elsewhere, delete_released_flows
-from .steps import (Unjudged, attach, chains_of_container, detach, interfaces_to_note, judge, open_localhost,
-                    resolve_conflicts, shared_chains, survey, write_shared_chains)
+from .steps import (Bequeathed, PortTaken, Unjudged, attach, chains_of_container, changed_each_time, detach, every_way,
+                    expose, interfaces_to_note, judge, open_localhost, resolve_conflicts, share_on_link, shared_chains,
+                    standby_chains, survey, write_shared_chains)
 
 if TYPE_CHECKING:
     from ..linux.alive import Verdict
     from ..ruleset import Element
     from .steps import Judged
 
+EMPTY: Mapping[str, str] = {}
 
-def prune(kernel: Kernel, dry_run: bool = False) \
+
+def prune(kernel: Kernel, dry_run: bool = False, among: dict[str, int] | None = None) \
         -> tuple[list[tuple[ruleset.Owner, "Verdict"]], list[tuple[ruleset.Owner, CniError]]]:
     """Remove every attachment whose container is gone, each by itself where not all of them can go.
 
     Returns what was found of each, also of those that stay; and those that could not be removed, with the reason.
-    `dry_run`: nothing is written.
+    `dry_run`: nothing is written. `among`: only these chains, where they still have these handles.
     """
     handles = kernel.handles()
-    owners = kernel.owners()
+    owners = [owner for owner in kernel.owners()
+              if among is None or among.get(owner.chain) == handles.get(owner.chain, 0)]
     verdicts = kernel.judge(owners)
     dead = [owner for owner in owners if verdicts[owner.chain][0] == DEAD]
     refused = [] if dry_run else remove_each(dead, handles, kernel)
@@ -39,26 +43,33 @@ def prune(kernel: Kernel, dry_run: bool = False) \
 
 
 def restore(attachments: Iterable[Attachment], kernel: Kernel, dry_run: bool = False,
-            is_current: Callable[[Attachment], bool] = lambda _: True) \
+            is_current: Callable[[Attachment], bool] = lambda _: True, *, adopting: bool = False,
+            noted: Mapping[str, str] = EMPTY) \
         -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
     """Publish again what of `attachments` the kernel has lost: the base, then all of them in one transaction.
 
     Where that is refused, each by itself: one that nft does not take keeps no other away. Returns those that are
     published again, and those that cannot be, each with the reason. The first of two that claim one port gets it.
-    `dry_run`: nothing is written. `is_current`: asked under the lock whether an attachment has not been deleted, or
-    come back by itself, since it was read; one that has is passed over.
+    What a dead sandbox has left goes to the next one of its pod. `dry_run`: nothing is written. `is_current`: asked
+    under the lock whether an attachment has not been deleted, or come back by itself, since it was read; one that has
+    is passed over. `adopting`: so are, without this, those that the reference plugin publishes: nothing of them is
+    lost. `noted`: interfaces that the table noted when it was last seen, with their comments.
     """
     attachments = [*attachments]
+    if not adopting and kernel.has_reference():
+        from .leftovers import not_theirs
+        attachments = not_theirs(attachments, kernel)
     judged: Judged = {}
     try:
-        return _restore_together(attachments, kernel, dry_run, is_current, judged)
+        return _restore_together(attachments, kernel, dry_run, is_current, judged, noted=noted)
     except _Refused as why:
         forgotten = why.forgotten
     lost: list[Attachment] = []
     refused: list[tuple[Attachment, CniError]] = []
     for attachment in attachments:
         try:
-            its_lost, its_refused = _restore_together([attachment], kernel, dry_run, is_current, judged, forgotten)
+            its_lost, its_refused = _restore_together([attachment], kernel, dry_run, is_current, judged, forgotten,
+                                                      noted)
             lost += its_lost
             refused += its_refused
         except _Refused as why:
@@ -75,19 +86,28 @@ class _Refused(Exception):
 
 
 def _restore_together(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
-                      is_current: Callable[[Attachment], bool], judged: "Judged", forgotten: bool = False) \
+                      is_current: Callable[[Attachment], bool], judged: "Judged", forgotten: bool = False,
+                      noted: Mapping[str, str] = EMPTY) \
         -> tuple[list[Attachment], list[tuple[Attachment, CniError]]]:
+    left_by_dead: set[Element] = set()
     while True:
         try:
-            lost, refused, released, targets = _restore(attachments, kernel, dry_run, is_current, judged, forgotten)
+            lost, refused, leads, released, targets = _restore(attachments, kernel, dry_run, is_current, judged,
+                                                               forgotten, noted)
             break
         except Unjudged as unjudged:
             judge(unjudged.owners, judged, kernel)
+        except Bequeathed as left:
+            left_by_dead.update(element for element, _ in kernel.owned_elements([left.owner.chain]))
+            stays = remove_each([left.owner], {left.owner.chain: left.handle}, kernel)
+            if stays:
+                raise _Refused(stays[0][1], forgotten) from None
     if not dry_run:
         for attachment in lost:
-            delete_flows_elsewhere(attachment, kernel)
+            delete_flows_elsewhere(attachment, leads, kernel)
         delete_released_flows(released, targets, kernel)
-    return lost, refused
+    heirs = {*kernel.lookup(left_by_dead).values()} if left_by_dead else ()
+    return [*lost, *(each for each in attachments if each not in lost and ruleset.own_chain(each) in heirs)], refused
 
 
 class _Plan:
@@ -106,50 +126,61 @@ class _Plan:
 
 
 def _restore(attachments: list[Attachment], kernel: Kernel, dry_run: bool,
-             is_current: Callable[[Attachment], bool], judged: "Judged", forgotten: bool) \
-        -> tuple[list[Attachment], list[tuple[Attachment, CniError]], list[tuple["Element", str]],
-                 dict[str, set[bytes]]]:
-    """What is restored, what is refused, and as in ADD: the elements that are released, and where those led.
+             is_current: Callable[[Attachment], bool], judged: "Judged", forgotten: bool,
+             noted: Mapping[str, str]) \
+        -> tuple[list[Attachment], list[tuple[Attachment, CniError]], dict["Element", str],
+                 list[tuple["Element", str]], dict[str, set[bytes]]]:
+    """What is restored, what is refused, and as in ADD: where elements lead, which are released, where those led.
 
-    `forgotten`: whether the table was gone until now, so that what is open had been opened by this plugin. Raises
-    _Refused where the attachments could not be written.
+    `forgotten`: whether the table was gone until now, so that what is open had been opened by this plugin. `noted`: see
+    `restore`. Raises _Refused where the attachments could not be written.
     """
     attachments, unreachable = _survey_each(attachments, kernel)
+    _share_on_link(attachments)
     texts = {id(attachment): ruleset.rules_text(attachment) for attachment in attachments}
     with kernel.lock():
-        plan = _decide(attachments, kernel, is_current, judged)
+        plan = _decide(attachments, kernel, dry_run, is_current, judged)
         needed = [plan.asked[chain][0] for chain in plan.whole | plan.to_rewrite]
         lost_table = not kernel.has_table()
-        exposed = open_interfaces() if lost_table else []  # who opened them the lost table said
-        shared = shared_chains(needed, kernel) if needed or exposed else ""
+        # Who opened them the lost table said. An ADD may have made another since, and noted its own interface.
+        exposed = open_interfaces() if lost_table else \
+            [name for name in dict.fromkeys((*open_bridges(), *filter(kernel.localnet, noted)))
+             if not kernel.is_noted(name)]
+        shared = shared_chains(needed, kernel) if needed or exposed or not lost_table else ""
         notes = interfaces_to_note(needed, kernel, opened_by_us=forgotten or lost_table)
-        shared += ruleset.note_interfaces({name: notes.get(name, ruleset.FOUND_OPEN) for name in exposed})
+        shared += ruleset.note_interfaces({name: notes.get(name) or noted.get(name) or ruleset.FOUND_OPEN
+                                          for name in exposed})
         replaced = [chain for chain in sorted(plan.to_remove) if kernel.has_chain(chain)]
         owned, targets = kernel.owned_elements(replaced), kernel.targets(replaced)
-        text = detach(replaced, owned, (), kernel)
+        change = ruleset.Change()
+        detach(change, replaced, owned, (), kernel)
         lost = [attachment for chain, (attachment, _) in plan.asked.items() if chain in plan.to_rewrite]
         leads_to: dict[Element, str] = {}
         for attachment in lost:
-            chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+            chain = ruleset.own_chain(attachment)
             leads_to |= {element: other for element, other in plan.asked[chain][1].items()
                          if other not in plan.to_remove}
             own = ruleset.elements_of(attachment)
             elsewhere = {element: leads_to[element] for element in own if element in leads_to}
-            text += attach(attachment, elsewhere, kernel, texts[id(attachment)])
+            whole = [other for other in dict.fromkeys(elsewhere.values()) if other not in plan.to_rewrite]
+            share_on_link(change, attachment, whole, kernel)
+            rules = ruleset.rules_text(attachment) if whole else texts[id(attachment)]
+            attach(change, attachment, elsewhere, kernel, rules)
             for element in own:
                 leads_to.setdefault(element, chain)
+        expose(change, lost, kernel)
         refused = [*unreachable, *plan.refused]
         if not dry_run:
             if shared:
                 write_shared_chains(shared, kernel)
             try:
-                text += ruleset.note_interfaces(notes)
-                if text:
-                    kernel.transact(text)
+                change.interfaces = notes
+                if (lost or replaced or notes) and not kernel.write(change):
+                    raise changed_each_time()
             except CniError as error:
                 raise _Refused(error, forgotten or lost_table) from None
             open_localhost(needed, kernel)
-    return lost, refused, [item for item in owned if item[0] not in leads_to], targets
+    return lost, refused, change.leads, [item for item in owned if item[0] not in leads_to], targets
 
 
 def _survey_each(attachments: list[Attachment], kernel: Kernel) \
@@ -165,19 +196,40 @@ def _survey_each(attachments: list[Attachment], kernel: Kernel) \
     return good, refused
 
 
-def _decide(attachments: list[Attachment], kernel: Kernel, is_current: Callable[[Attachment], bool],
+def _share_on_link(attachments: list[Attachment]) -> None:
+    """Let those of one container that publish the same masquerade whom the others make neighbours, as ADD does."""
+    by_container: dict[str, list[Attachment]] = {}
+    for attachment in attachments:
+        by_container.setdefault(attachment.container_id, []).append(attachment)
+    for its in by_container.values():
+        if len(its) > 1:
+            elements = [ruleset.elements_of(each).keys() for each in its]
+            ways = [[way for each, theirs in zip(its, elements, strict=True) if theirs & own
+                     for way in each.on_link or ()] for own in elements]
+            for each, on_link in zip(its, ways, strict=True):
+                if each.on_link:
+                    each.on_link = every_way((*each.on_link, *on_link))
+
+
+def _decide(attachments: list[Attachment], kernel: Kernel, dry_run: bool, is_current: Callable[[Attachment], bool],
             judged: "Judged") -> _Plan:
+    """What is to be written. Raises Unjudged; and Bequeathed, but not for a `dry_run`."""
     plan = _Plan()
     claimed: dict[Element, dict[str, Attachment]] = {}  # by container ID; by a key's ending, too
     unjudged: list[ruleset.Owner] = []
     for attachment in attachments:
-        chain = ruleset.chain_of(attachment.container_id, attachment.ifname)
+        chain = ruleset.own_chain(attachment)
         if chain in plan.asked or not is_current(attachment):
             continue  # two folders remember it, or none does any more
         ports = ruleset.elements_of(attachment)
         found = kernel.lookup(ports)
         plan.asked[chain] = attachment, found
-        if _is_whole(attachment, chain, found, kernel):
+        try:
+            is_whole = _is_whole(attachment, chain, found, kernel, judged)
+        except Unjudged as its:
+            unjudged += its.owners
+            continue
+        if is_whole:
             plan.whole.add(chain)
         else:
             try:
@@ -187,8 +239,11 @@ def _decide(attachments: list[Attachment], kernel: Kernel, is_current: Callable[
             except Unjudged as its:
                 unjudged += its.owners
             except CniError as error:
-                plan.refused.append((attachment, error))
-                continue
+                if isinstance(error, Bequeathed) and not dry_run:
+                    raise
+                if not _is_by_last_sandbox(error, attachment, chain, plan, kernel):
+                    plan.refused.append((attachment, error))
+                    continue
             plan.to_rewrite.add(chain)
         for name, key in ports:
             for claim in (name, key), (name, key[ruleset.PROTOCOL_AND_PORT]):
@@ -203,11 +258,29 @@ def _decide(attachments: list[Attachment], kernel: Kernel, is_current: Callable[
     return plan
 
 
-def _is_whole(attachment: Attachment, chain: str, found: "dict[Element, str]", kernel: Kernel) -> bool:
-    """Whether nothing was removed of what `attachment` published. `found`: where its elements lead to."""
-    return len(kernel.comments(chain)) >= len([*ruleset.rules_of(attachment)]) and \
+def _is_by_last_sandbox(error: CniError, attachment: Attachment, chain: str, plan: _Plan, kernel: Kernel) -> bool:
+    """Whether what refuses an attachment is its pod's last sandbox, which gets its lost record again, or which died."""
+    last = error.owner.chain if isinstance(error, PortTaken) else ""
+    return chain in standby_chains(last, kernel).values() if isinstance(error, Bequeathed) else \
+        last in plan.to_rewrite and ruleset.is_next_sandbox(attachment, plan.asked[last][0])
+
+
+def _is_whole(attachment: Attachment, chain: str, found: "dict[Element, str]", kernel: Kernel, judged: "Judged") \
+        -> bool:
+    """Whether nothing was removed of what `attachment` published. `found`: where its elements lead to.
+
+    And whether somebody is left whom they lead to. Raises Unjudged.
+    """
+    if attachment.exposure:
+        from .expose import is_whole
+        if not is_whole(attachment, kernel):
+            return False
+    maps = ruleset.port_maps_of(attachment)
+    comments = kernel.comments(chain)
+    return len(comments) - len(ruleset.standby_notes(comments)) >= len([*ruleset.rules_of(attachment)]) and \
+        all(len([*kernel.raw_elements(name)]) == len(pairs) for pairs, name in maps.items()) and \
         len(found) == len(attachment.ports) and \
-        chains_of_container(found.values(), attachment, kernel).issuperset(found.values())
+        chains_of_container(found.values(), attachment, kernel, judged).issuperset(found.values())
 
 
 def _refuse_overlap(element: "Element", port: Port, attachment: Attachment,
@@ -217,6 +290,6 @@ def _refuse_overlap(element: "Element", port: Port, attachment: Attachment,
         (ruleset.HOSTIP_HOSTPORTS[port.family], element[1][ruleset.PROTOCOL_AND_PORT])
     for other in element, overlapping:
         for container_id, owner in claimed.get(other, {}).items():
-            if container_id != attachment.container_id:
+            if container_id != attachment.container_id and not ruleset.is_next_sandbox(attachment, owner):
                 raise CniError(PORT_TAKEN, f"{port} is already published by container {container_id}, interface "
                                f"{owner.ifname}, network {owner.network}")

@@ -33,7 +33,7 @@ def teardown(kernel: Kernel, force: bool = False, dry_run: bool = False) -> Tear
         owned, targets = kernel.owned_elements(chains), kernel.targets(chains)
         closing, table = close(kernel, dry_run), kernel.has_table()
         if table and not dry_run:
-            kernel.transact(f"delete table {ruleset.TABLE}")
+            kernel.delete_table()
     if not dry_run:
         delete_released_flows(owned, targets, kernel)
     return Teardown(published, False, table, closing)

@@ -12,9 +12,10 @@ in every test: the names below are all there are. Nothing here is a test, and no
     tables      nft, and what the kernel holds          libcni_cache  what libcni remembers
     servers     servers and clients                     paths, site   every path to a port, and the machines for it
     packets     packets made by hand                    soak          what grows when thousands come and go
-    conntrack   the flows that the host tracks          machine, cri  for podman, containerd and others
+    userland    files and processes of a machine        kube_proxy    a ruleset of the shape of its nftables mode
+    conntrack   the flows that the host tracks          machine       for real runtimes; cri, podman, firewalld
     runtime     libcni, as a runtime uses it            attack        attempts at random, of every kind of fault
-                                                        poison        chains and rules that nft would not write
+    reference   the reference plugin, exchanged         poison        chains and rules that nft would not write
 """
 from .calls import (
     LOCK,
@@ -26,6 +27,7 @@ from .calls import (
     Pod,
     fork,
     held_lock,
+    instants,
     lock_is_free,
     mapping,
     start_fork,
@@ -57,9 +59,10 @@ from .namespaces import (
     sysctl,
     wire,
 )
-from .packets import inject, packet
+from .packets import flood, inject, packet, source_routed, too_big
 from .processes import ROOT, run, until
 from .runtime import (
+    PLUGINS,
     CniFailed,
     Container,
     Network,
@@ -70,7 +73,7 @@ from .runtime import (
     install_in_other_root,
     plugins,
 )
-from .servers import KINDS, NUMBERS, Client, Saw, Server, exchange
+from .servers import KINDS, NUMBERS, Client, Saw, Server, connecting, exchange
 from .tables import (
     TABLE,
     chains,
@@ -81,6 +84,9 @@ from .tables import (
     nft,
     nft_script,
     other_root,
+    restored_policy,
+    reset_rules,
+    register_again,
     restored_table,
     state,
     table,

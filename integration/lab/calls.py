@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .faults import kill_at, trace_me
+from .faults import kill_at, system_calls, trace_me
 from .namespaces import ensure_namespace
 from .processes import until
+from .tables import generation, state
 
-from cni_portmap import cni, plugin, ruleset
-from cni_portmap.linux import alive, conntrack, expressions, kernel, libnftables, netlink  # noqa: F401  # so that forks
-from cni_portmap.verbs import add, check, delete, flows, gc  # noqa: F401  # have them
+from cni_portmap import cni, conditions, exposure, plugin, ruleset  # noqa: F401  # so that forks have them
+from cni_portmap.linux import alive, batch, conntrack, expressions, kernel, libnftables, netlink  # noqa: F401
+from cni_portmap.verbs import add, check, delete, expose, flows, gc  # noqa: F401
 from cni_portmap.verbs import status as _status  # noqa: F401
 
 LOCK = pathlib.Path("/run/cni-portmap.lock")
@@ -133,20 +134,19 @@ class Call:
 class Fork:
     """A task in a fork of this process, under way. `prepare` runs there first.
 
-    With `stop_at` it is killed at that system call, counted from 0.
+    With `stop_at` it is killed at the beginning of that system call, counted from 0; `look` is called at each.
     """
 
     def __init__(self, task: Callable[[], tuple[int, str]], prepare: Callable[[], object] = lambda: None,
-                 stop_at: int = -1) -> None:
+                 stop_at: int = -1, look: Callable[[], object] | None = None) -> None:
         self._read, write = os.pipe()
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the fork
-        self.traced = stop_at >= 0
+        self.traced = stop_at >= 0 or look is not None
         self.pid = os.fork()
         if not self.pid:
             try:
                 os.dup2(self._stderr.fileno(), 2)
-                add.STRANGER_SECONDS = 0.2  # type: ignore[assignment]  # thousands of calls are refused
-                add.PREDECESSOR_SECONDS = 1
+                add.OWNER_SECONDS = 0.2  # type: ignore[assignment]  # thousands of calls are refused
                 prepare()
                 if self.traced:
                     trace_me()
@@ -158,9 +158,12 @@ class Fork:
             finally:
                 os._exit(0)
         os.close(write)
-        self.killed = self.traced and kill_at(self.pid, stop_at)
+        self.killed = stop_at >= 0 and kill_at(self.pid, stop_at)
         if self.killed:
             os.close(self._read)
+        elif look:
+            for _ in system_calls(self.pid):
+                look()
 
     def answer(self) -> Answer:
         if self.killed:
@@ -184,6 +187,24 @@ def start_fork(verb: str, what: "Pod | GcCall", **options: Any) -> Fork:
 def fork(verb: str, what: "Pod | GcCall", **options: Any) -> Answer:
     """The answer to a call in a fork."""
     return start_fork(verb, what, **options).answer()
+
+
+def instants(start: Callable[..., Fork]) -> tuple[list[list[str]], list[int]]:
+    """What our table holds at the beginning of each system call of a task, as one that is killed there would leave it.
+
+    It is seen while the task stands still: its end changes no table. Also those where killing it is worth the time:
+    where the table has just changed, and now and then. `start`: starts the task with these options of a Fork.
+    """
+    found: list[list[str]] = []
+    generations: list[int] = []
+
+    def look() -> None:
+        generations.append(generation())
+        found.append(found[-1] if generations[-2:-1] == generations[-1:] else state())
+
+    assert not start(look=look).answer().code
+    return found, [instant for instant in range(len(found))
+                   if instant % 8 == 0 or generations[instant] != generations[instant - 1]]
 
 
 # --- a host ---------------------------------------------------------------------------------------------------
@@ -217,6 +238,7 @@ class Host:
         """
         def number() -> None:
             kernel.Kernel.namespace = lambda self, path: 1  # type: ignore[method-assign]
+            cni.name_process("ADD")
         for pod in pods:
             reply = fork("ADD", pod, prepare=number)
             assert not reply.code, reply

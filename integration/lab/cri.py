@@ -1,10 +1,11 @@
 """A client of CRI, the Kubernetes interface of container runtimes, made from its definition when the tests run."""
 import pathlib
 import sys
+import threading
 from types import ModuleType
 from typing import Any
 
-from .machine import UNPACKED
+from .userland import UNPACKED
 from .processes import run
 
 DEFINITION = UNPACKED / "cri-api/usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto"
@@ -27,10 +28,14 @@ def compile_messages(folder: pathlib.Path) -> ModuleType:
 class Cri:
     """The services behind a socket: `cri("RunPodSandbox", config=...)` is that call's answer, as a dict."""
 
-    def __init__(self, socket: str, messages: ModuleType) -> None:
+    def __init__(self, path: str, messages: ModuleType) -> None:
         import grpc
         self._messages = messages
-        self._channel = grpc.insecure_channel(f"unix://{socket}")
+        # By way of this thread: gRPC's own are those of the first machine, and in its mount namespace.
+        # What another channel has learnt about the socket is not shared, such as not to try it soon.
+        self._channel = grpc.insecure_channel(f"unix:///proc/{threading.get_native_id()}/root{path}", [
+            ("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 500)])
         grpc.channel_ready_future(self._channel).result(timeout=60)
 
     def __call__(self, method: str, service: str = "RuntimeService", **request: Any) -> Any:

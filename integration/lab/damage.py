@@ -17,7 +17,7 @@ def _script(*commands: str) -> Callable[[], None]:
     return lambda: nft_script(*commands)
 
 
-BASE = {"guard": 4, "guard_input": 4, "prerouting": 3, "output": 1, "dispatch": 4, "postrouting": 1}  # chain: its rules
+BASE = {"guard": 4, "guard_input": 6, "prerouting": 3, "output": 1, "dispatch": 4, "postrouting": 1}  # chain: its rules
 _OWN_RULES = (0, 1, 2, 3, 4, 7, 8)  # the record, four marks, v4 and v6; not two that leave localhost alone
 OTHER = Pod("other", "9090:80")
 BOTH = Pod("web", "8080:80", ips=("10.20.0.2/24", "fd20::2/64"))

@@ -1,9 +1,10 @@
 """Faults: death at any system call, others who change the ruleset meanwhile, folders that are not there."""
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import nftables
 
@@ -22,28 +23,38 @@ def trace_me() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def kill_at(pid: int, number: int) -> bool:
-    """Let a traced process run to the beginning of its system call `number`, then kill it; False if it ended before.
+def system_calls(pid: int) -> Generator[None, None, None]:
+    """Run a traced process to its end; the beginning of each of its system calls comes by, with the process stopped.
 
-    Between two system calls a process changes nothing outside of itself, so these are all the instants there are.
+    Between two system calls a process changes nothing outside of itself, so these are all the instants there are. It is
+    killed if the caller comes no more.
     """
     os.waitpid(pid, 0)
     libc.ptrace(PTRACE_SETOPTIONS, pid, None, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)
-    stops = 2 * number + 1  # each call stops at its beginning and at its end
-    pending = 0
-    while True:
-        libc.ptrace(PTRACE_SYSCALL, pid, None, pending)
-        _, status = os.waitpid(pid, 0)
-        if not os.WIFSTOPPED(status):
-            return False
-        pending = os.WSTOPSIG(status)
-        if pending == signal.SIGTRAP | 0x80:
-            pending = 0
-            stops -= 1
-            if not stops:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return True
+    pending, begins = 0, True  # each call stops at its beginning and at its end
+    try:
+        while True:
+            libc.ptrace(PTRACE_SYSCALL, pid, None, pending)
+            _, status = os.waitpid(pid, 0)
+            if not os.WIFSTOPPED(status):
+                pid = 0
+                return
+            pending = os.WSTOPSIG(status)
+            if pending == signal.SIGTRAP | 0x80:
+                pending = 0
+                if begins:
+                    yield
+                begins = not begins
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def kill_at(pid: int, number: int) -> bool:
+    """Kill a traced process at the beginning of its system call `number`; False if it ended before."""
+    with contextlib.closing(system_calls(pid)) as calls:
+        return next(itertools.islice(calls, number, None), pid) is None
 
 
 @contextlib.contextmanager

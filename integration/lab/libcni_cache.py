@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from .calls import Host, Pod
+from .runtime import Container
 
 PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}}
 
@@ -22,13 +23,32 @@ class Cache:
             {"type": "bridge", "bridge": "cni0"},
             {**PORTMAP, **{key: value for key, value in pod.config.items() if key not in ("cniVersion", "name")}}]}
         entry = {"kind": "cniCacheV1", "containerId": pod.id, "config": conflist, "ifName": pod.ifname,
-                 "networkName": pod.network, "netns": pod.netns, "cniArgs": [["IgnoreUnknown", "1"]],
+                 "networkName": pod.network, "netns": pod.netns,
+                 "cniArgs": [item.split("=") for item in (pod.args or "IgnoreUnknown=1").split(";")],
                  "capabilityArgs": {"portMappings": pod.ports}, "result": stdin["prevResult"], **changes}
-        entry["config"] = base64.b64encode(json.dumps(entry["config"]).encode()).decode()
-        path = self.folder / f"{pod.network}-{pod.id}-{pod.ifname}"
-        path.write_text(json.dumps({key: value for key, value in entry.items() if value is not None}))
-        return path
+        return _write(self.folder / f"{pod.network}-{pod.id}-{pod.ifname}", entry)
+
+    def remember(self, container: Container, **changes: Any) -> None:
+        """The same for a container that real plugins have connected."""
+        network = container.network.conflist
+        _write(self._path(container), {
+            "kind": "cniCacheV1", "containerId": container.id, "config": network, "ifName": container.ifname,
+            "networkName": network["name"], "netns": container.namespace.path,
+            "capabilityArgs": {"portMappings": container.ports}, "result": container.result, **changes})
+
+    def forget(self, container: Container) -> None:
+        """Remove it, as libcni does at the end of DEL."""
+        self._path(container).unlink(missing_ok=True)
+
+    def _path(self, container: Container) -> pathlib.Path:
+        return self.folder / f"{container.network.conflist['name']}-{container.id}-{container.ifname}"
 
     def restore(self, host: Host, *options: object, status: int = 0) -> Any:
         """Run the command: its report."""
         return json.loads(host.command("restore", "--json", "--cache", self.folder, *options, status=status))
+
+
+def _write(path: pathlib.Path, entry: dict[str, Any]) -> pathlib.Path:
+    entry["config"] = base64.b64encode(json.dumps(entry["config"]).encode()).decode()
+    path.write_text(json.dumps({key: value for key, value in entry.items() if value is not None}))
+    return path

@@ -41,6 +41,12 @@ def enslave(device: str, bridge: str) -> None:
         ip.link("set", index=socket.if_nametoindex(device), master=socket.if_nametoindex(bridge))
 
 
+def isolate(port: str) -> None:
+    """Let a bridge carry nothing from this port of it to others that are isolated (portIsolation of the plugin)."""
+    with IPRoute() as ip:
+        ip.brport("set", index=socket.if_nametoindex(port), isolated=1)
+
+
 def bring_up(device: str, *ips: str) -> None:
     """Give a link addresses (address/length), which can be used at once, and bring it up."""
     add_addresses(device, *ips)

@@ -28,6 +28,8 @@ def _leave_for_private_namespaces() -> None:
 def enter() -> None:
     """Move this process to a private network and mount namespace, and make it a host: forwarding, conntrack on."""
     _leave_for_private_namespaces()
+    while not libc.umount2(b"/run", _MNT_DETACH):  # containerd takes the lowest of several for the one that counts
+        pass
     _mount("tmpfs", "/run", "tmpfs", options="mode=755")
     NAMED.mkdir()
     _mount(str(NAMED), str(NAMED), "", _MS_BIND)  # shared, as `ip netns` makes it: others see what comes and goes
@@ -133,18 +135,19 @@ class Netns:
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = str(path)
+        self._outside = threading.local()  # threads enter side by side
 
     def __enter__(self) -> Self:
         """This thread's sockets, sysctls and children are the namespace's, until the end of the block."""
-        self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._outside.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         inside = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         succeed(libc.setns(inside, _CLONE_NEWNET))
         os.close(inside)
         return self
 
     def __exit__(self, *_: object) -> None:
-        succeed(libc.setns(self._outside, _CLONE_NEWNET))
-        os.close(self._outside)
+        succeed(libc.setns(self._outside.fd, _CLONE_NEWNET))
+        os.close(self._outside.fd)
 
 
 class Namespace(Netns):

@@ -1,6 +1,8 @@
 """A runtime, as libcni is one: containers that real CNI plugins, this checkout's portmap the last, connect."""
 import contextlib
+import copy
 import json
+import os
 import pathlib
 import subprocess
 from typing import Any
@@ -12,6 +14,8 @@ from .tables import OTHER_ROOT
 # The distribution's plugins: Debian's folder, Fedora's
 PLUGINS = next((path for path in map(pathlib.Path, ("/usr/lib/cni", "/usr/libexec/cni")) if path.is_dir()),
                pathlib.Path("/usr/lib/cni"))
+
+BUNDLE = os.environ.get("CNI_PORTMAP_BUNDLE", "")  # an unpacked bundle, to be tested instead of the checkout
 
 
 class CniFailed(Exception):
@@ -111,7 +115,7 @@ def _conflist(name: str, version: str, first: dict[str, Any], portmap: dict[str,
 
 def _ipam(name: str, subnets: tuple[str, ...]) -> dict[str, Any]:
     return {"type": "host-local", "dataDir": f"/run/lab-ipam/{name}", "ranges": [[{"subnet": s}] for s in subnets],
-            "routes": [{"dst": "::/0" if ":" in s else "0.0.0.0/0"} for s in subnets]}
+            "routes": [{"dst": dst} for dst in dict.fromkeys("::/0" if ":" in s else "0.0.0.0/0" for s in subnets)]}
 
 
 class Container:
@@ -121,10 +125,32 @@ class Container:
         self.network, self.ports, self.ifname = network, ports, ifname
         self.id = f"{name}-0123456789abcdef"
         self.namespace = Namespace(name)
-        self.result = network.add(self.id, self.namespace.path, ports, ifname)
-        ips = [entry["address"].partition("/")[0] for entry in self.result["ips"]]
-        self.ipv4 = next((ip for ip in ips if ":" not in ip), "")
-        self.ipv6 = next((ip for ip in ips if ":" in ip), "")
+        try:
+            self.result = network.add(self.id, self.namespace.path, ports, ifname)
+        except BaseException:
+            self.namespace.remove()
+            raise
+        self._take(self.result)
+
+    def _take(self, result: Any) -> None:
+        self.result = result
+        links: list[str] = [link["name"] for link in result["interfaces"] if not link.get("sandbox")]
+        # The host's end of its link, and its bridge where it has one; "" where it has no link here (macvlan).
+        self.link, self.interface = (links[-1], links[0]) if links else ("", "")
+        ips = [entry["address"].partition("/")[0] for entry in result["ips"]]
+        self.ipv4, self.other_ipv4 = [*(ip for ip in ips if ":" not in ip), "", ""][:2]
+        self.ipv6, self.other_ipv6 = [*(ip for ip in ips if ":" in ip), "", ""][:2]
+
+    def join(self, network: Network, ifname: str) -> "Container":
+        """This container as it is in one more network, where it publishes the same ports."""
+        other = copy.copy(self)
+        other.network, other.ifname = network, ifname
+        other._take(network.add(self.id, self.namespace.path, self.ports, ifname))
+        return other
+
+    def leave(self) -> None:
+        """Leave the network."""
+        self.network.delete(self.id, self.namespace.path, self.ports, self.ifname)
 
     def __enter__(self) -> "Container":
         self.namespace.__enter__()
@@ -137,7 +163,7 @@ class Container:
         self.network.check(self.id, self.namespace.path, self.ports, self.ifname)
 
     def remove(self) -> None:
-        self.network.delete(self.id, self.namespace.path, self.ports, self.ifname)
+        self.leave()
         self.namespace.remove()
 
 
@@ -152,18 +178,18 @@ def plugins(bin_dir: pathlib.Path) -> pathlib.Path:
 
 
 def install(bin_dir: pathlib.Path) -> pathlib.Path:
-    """A folder of plugins: this checkout's portmap, and the distribution's others."""
+    """A folder of plugins: this checkout's portmap, or that of an unpacked BUNDLE; and the distribution's others."""
     plugins(bin_dir)
-    run(ROOT / "scripts/install", "--prefix", bin_dir.parent / "lib", "--bin-dir", bin_dir, "--sbin-dir",
-        bin_dir.parent / "sbin")
+    command = [f"{BUNDLE}/install.sh"] if BUNDLE else [ROOT / "scripts/install", "--prefix", bin_dir.parent / "lib"]
+    run(*command, "--bin-dir", bin_dir, "--sbin-dir", bin_dir.parent / "sbin", timeout=600)  # an emulated processor's
     return bin_dir
 
 
-def install_in_other_root(bin_dir: pathlib.Path) -> pathlib.Path:
-    """A folder of plugins: this checkout's portmap, run by OTHER_ROOT's Python and libnftables, and our others."""
-    run("chroot", OTHER_ROOT, "/mnt/scripts/install", "--prefix", "/opt/lib", "--bin-dir", "/opt/cni/bin",
-        "--sbin-dir", "/opt/sbin")
+def install_in_other_root(bin_dir: pathlib.Path, place: pathlib.Path = OTHER_ROOT) -> pathlib.Path:
+    """A folder of plugins: this checkout's portmap, run by the Python and libnftables at `place`, and our others."""
+    run("chroot", place, "/mnt/scripts/install", "--prefix", "/opt/lib", "--bin-dir", "/opt/cni/bin",
+        "--sbin-dir", "/opt/sbin", timeout=600)
     launcher = plugins(bin_dir) / "portmap"
-    launcher.write_text(f"#!/bin/sh\nexec chroot {OTHER_ROOT} /opt/cni/bin/portmap\n")
+    launcher.write_text(f"#!/bin/sh\nexec chroot {place} /opt/cni/bin/portmap\n")
     launcher.chmod(0o755)
     return bin_dir

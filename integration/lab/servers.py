@@ -1,5 +1,6 @@
 """Servers that say whom they saw, and clients; a socket is opened in the namespace that it belongs to."""
 import contextlib
+import errno
 import ipaddress
 import json
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .links import family_of
+from .processes import until
 
 
 class Saw(NamedTuple):
@@ -23,8 +25,13 @@ KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 NUMBERS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "sctp": socket.IPPROTO_SCTP}
 
 
+_PKTINFO = 20  # bytes of struct in6_pktinfo: the address that was asked, an interface
+
+
 class Server:
     """Answers on one port of one namespace, IPv4 and IPv6, with whom it saw; counts what arrives.
+
+    UDP, too, is answered from the address that was asked.
 
     A TCP connection is closed with its answer, or, with `keep`, goes on: each further message has an answer.
     """
@@ -38,6 +45,7 @@ class Server:
             self._socket = socket.socket(family, KINDS[protocol])
             if not ip:
                 self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((ip, port))
             if protocol == "tcp":
@@ -55,11 +63,12 @@ class Server:
                     with connection, contextlib.suppress(OSError):
                         connection.sendall(self._answer(address))
                 else:
-                    _, address = self._socket.recvfrom(2048)
+                    _, control, _, address = self._socket.recvmsg(2048, socket.CMSG_SPACE(_PKTINFO))
                     if address is None:  # shut down
                         return
+                    from_there = [(level, kind, data[:_PKTINFO - 4] + bytes(4)) for level, kind, data in control]
                     with contextlib.suppress(OSError):  # nobody there, as with spoofed sources
-                        self._socket.sendto(self._answer(address), address)
+                        self._socket.sendmsg([self._answer(address)], from_there, 0, address)
 
     def _converse(self, connection: socket.socket, address: Any) -> None:
         with connection, contextlib.suppress(OSError):
@@ -87,13 +96,16 @@ class Server:
 
 
 class Client:
-    """One socket, so one flow: connected from a namespace (and from the address `source`) to `ip` and `port`."""
+    """One socket, so one flow: connected from a namespace (and from the address `source`) to `ip` and `port`.
+
+    `size`: of what it sends, in bytes.
+    """
 
     def __init__(self, where: contextlib.AbstractContextManager[object], ip: str, port: int, protocol: str = "tcp",
-                 source: str = "", timeout: float = 1.0) -> None:
+                 source: str = "", timeout: float = 2.5, size: int = 9) -> None:
         with where:
             self._socket = socket.socket(family_of(ip), KINDS[protocol])
-        self._timeout, self._protocol = timeout, protocol
+        self._timeout, self._protocol, self._question = timeout, protocol, b"who am I?".ljust(size)
         self._listens = protocol == "tcp"  # a TCP server speaks first
         self._socket.settimeout(timeout)
         try:
@@ -105,20 +117,19 @@ class Client:
             raise
         self.port: int = self._socket.getsockname()[1]
 
-    def ask(self) -> Saw | None:
+    def ask(self, timeout: float = 0) -> Saw | None:
         """The server's view of this flow now; None without an answer in time. Raises OSError if refused.
+
+        `timeout`: other than the client's.
 
         As TCP does, a datagram that has no answer within a second is sent again.
         """
         if self._protocol == "udp":
-            self._socket.settimeout(0)
-            with contextlib.suppress(OSError):  # answers, and refusals, to what was sent before
-                while self._socket.recv(2048):
-                    pass
-        left = self._timeout
+            self._forget_answers()
+        left = timeout or self._timeout
         while left > 0:
             if not self._listens:
-                self._socket.send(b"who am I?")
+                self._socket.send(self._question)
             self._listens = False
             self._socket.settimeout(min(left, 1.0) if self._protocol == "udp" else left)
             try:
@@ -128,12 +139,26 @@ class Client:
                 left -= self._socket.gettimeout() or left
         return None
 
-    def ask_until(self, server: str, timeout: float = 2.0) -> Saw | None:
-        """Ask again, as real clients do, until `server` answers; the last answer after `timeout` seconds."""
+    def _forget_answers(self) -> None:
+        """Read what has come to what was sent before: answers, and refusals, behind which answers may stand."""
+        self._socket.settimeout(0)
+        while True:
+            try:
+                self._socket.recv(2048)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    raise
+
+    def ask_until(self, server: str, timeout: float = 10.0) -> Saw | None:
+        """Ask again, as real clients do, until `server` answers; after `timeout` seconds the last answer, if any."""
         end, saw = time.monotonic() + timeout, None
         while time.monotonic() < end and (saw is None or saw.server != server):
-            with contextlib.suppress(ConnectionRefusedError):
+            try:
                 saw = self.ask()
+            except ConnectionRefusedError:
+                saw = None
         return saw
 
     @contextlib.contextmanager
@@ -163,11 +188,38 @@ class Client:
         self.close()
 
 
+@contextlib.contextmanager
+def connecting(where: contextlib.AbstractContextManager[object], port: int, *ips: str) -> Iterator[None]:
+    """Connect every five milliseconds, to each of these addresses, while the block runs: not one attempt may fail."""
+    done, made = threading.Event(), []
+    lost: list[tuple[str, OSError]] = []
+
+    def connect(ip: str) -> None:
+        with where:
+            while not done.wait(0.005):
+                try:
+                    socket.create_connection((ip, port), 5).close()
+                    made.append(ip)
+                except OSError as error:
+                    lost.append((ip, error))
+    threads = [threading.Thread(target=connect, args=(ip,)) for ip in ips]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        until(lambda: lost or min(map(made.count, ips)) > 20)  # a busy host makes fewer in the same time
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not lost and min(map(made.count, ips)) > 20, (lost[:3], len(made))
+
+
 def exchange(where: contextlib.AbstractContextManager[object], ip: str, port: int, protocol: str = "tcp",
-             source: str = "", timeout: float = 2.5) -> Saw | None:
+             source: str = "", timeout: float = 2.5, size: int = 9) -> Saw | None:
     """Talk to `ip` and `port` from a namespace: what the server that answered saw, None if nobody did."""
     try:
-        with Client(where, ip, port, protocol, source, timeout) as client:
+        with Client(where, ip, port, protocol, source, timeout, size) as client:
             return client.ask()
     except OSError:
         return None

@@ -17,24 +17,24 @@ _NFT: list[object] = ["nft"]
 
 
 @contextlib.contextmanager
-def other_root(root: str) -> Iterator[None]:
-    """Show another system's root folder at OTHER_ROOT, for chroot, with this host's /dev, /proc, /run and checkout.
+def other_root(root: str | pathlib.Path, place: pathlib.Path = OTHER_ROOT) -> Iterator[None]:
+    """Show another system's root folder at `place`, for chroot, with this host's /dev, /proc, /run and checkout.
 
     In the block, `nft` is that system's.
     """
     run("mount", "--make-rshared", "/run")  # so that it sees the namespaces to come
-    run("mount", "--bind", root, OTHER_ROOT)
+    run("mount", "--bind", root, place)
     for folder in "dev", "proc", "run":
-        run("mount", "--rbind", f"/{folder}", OTHER_ROOT / folder)
-    run("mount", "--bind", ROOT, OTHER_ROOT / "mnt")
-    run("mount", "-t", "tmpfs", "none", OTHER_ROOT / "opt")
-    _NFT[:] = "chroot", OTHER_ROOT, "nft"
+        run("mount", "--rbind", f"/{folder}", place / folder)
+    run("mount", "--bind", ROOT, place / "mnt")
+    run("mount", "-t", "tmpfs", "none", place / "opt")
+    _NFT[:] = "chroot", place, "nft"
     try:
         yield
     finally:
         _NFT[:] = ["nft"]
-        run("mount", "--make-rslave", OTHER_ROOT)  # or what is unmounted there would be unmounted in /run as well
-        run("umount", "--recursive", "--lazy", OTHER_ROOT)
+        run("mount", "--make-rslave", place)  # or what is unmounted there would be unmounted in /run as well
+        run("umount", "--recursive", "--lazy", place)
 
 
 def nft(*words: object, input: str | None = None, check: bool = True) -> str:
@@ -69,13 +69,34 @@ def restored_table() -> Iterator[None]:
     assert table() == before
 
 
+@contextlib.contextmanager
+def restored_policy() -> Iterator[None]:
+    """The whole ruleset is at the end of the block what it was at its beginning, whatever is done to it."""
+    before = nft("list", "ruleset")
+    try:
+        yield
+    finally:
+        nft("-f", "-", input=f"flush ruleset\n{before}")
+
+
+def register_again() -> None:
+    """Write our table again as it is: its hooks are registered last, so at one priority they come first."""
+    nft("-f", "-", input=f"delete table {TABLE}\n{table()}")
+
+
 def listing(what: str = f"table {TABLE}") -> list[dict[str, Any]]:
-    """`nft -j list`, without handles and counters' values; [] if there is no such thing."""
+    """`nft -j list`, without handles and counters' values; [] if there is no such thing.
+
+    A long one only once it was the same twice: while the kernel enlarges a set's table, some elements are left out.
+    """
     context = nftables.Nftables()  # not kept: it belongs to the namespace in which it was made
     context.set_json_output(True)
     context.set_stateless_output(True)
-    code, output, error = context.cmd(f"list {what}")
-    assert not code or "No such file" in error, error
+    output = before = None
+    while output is None or len(output) > 20_000 and output != before:
+        before = output
+        code, output, error = context.cmd(f"list {what}")
+        assert not code or "No such file" in error, error
     if code or not output:
         return []
     objects: list[dict[str, Any]] = json.loads(output)["nftables"]
@@ -101,10 +122,19 @@ def state() -> list[str]:
     return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
 
 
+def reset_rules() -> None:
+    """Set the counters of all rules to 0, as `nft reset rules` does (nft 1.0.7, Linux 6.2); older kernels cannot."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+        netlink.send(struct.pack("=IHHIII", 20, _NFT_MSG_GETRULE_RESET, _NLM_F_REQUEST | _NLM_F_DUMP, 0, 0, 0))
+        while struct.unpack_from("=H", netlink.recv(1 << 16), 4)[0] not in (_NLMSG_ERROR, _NLMSG_DONE):
+            pass
+
+
 def elements(entries: list[dict[str, Any]] | None = None) -> dict[tuple[str, ...], str]:
     """Which chain each map element leads to: (family or address, protocol, port) -> chain."""
     return {tuple(map(str, key["concat"])): (verdict.get("goto") or {"target": str(verdict)})["target"]
-            for entry in entries or listing() for key, verdict in entry.get("map", {}).get("elem", ())}
+            for entry in entries or listing() for key, verdict in entry.get("map", {}).get("elem", ())
+            if "concat" in key}
 
 
 def chains() -> list[str]:
@@ -113,6 +143,7 @@ def chains() -> list[str]:
 
 
 _NETLINK_NETFILTER, _NFT_MSG_GETGEN, _NLM_F_REQUEST, _NFTA_GEN_ID = 12, 10 << 8 | 16, 1, 1
+_NFT_MSG_GETRULE_RESET, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 10 << 8 | 25, 0x300, 2, 3
 
 
 def generation() -> int:

@@ -10,6 +10,7 @@ call converges. A seed and a number repeat an attempt. It prints how often each 
 import argparse
 import collections
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [kind for kind in options.kinds if kind not in KINDS]:
         parser.error(f"{unknown[0]} is none of {', '.join(KINDS)}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background job it would be ignored
     lab.enter()
     faults: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,11 +19,13 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import lab
-from lab import paths
+from lab import exposed, paths
 from lab.site import Site
 
 Case = tuple[paths.Path, paths.Setting, int, str]  # with the family and the protocol
 FAILED = "ADD fails"
+POLICIES = [mode for mode in exposed.MODES if "outgoing" not in mode.name and len({mode.of(4), mode.of(6)}) == 1]
+POLICY_HEADING = "## With a policy"
 
 
 def measure(executable: str, config: dict[str, Any]) -> dict[Case, str]:
@@ -76,9 +78,27 @@ def table(measured: dict[str, dict[Case, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def replace_table(document: pathlib.Path, table: str) -> None:
-    """Put a Markdown table in the place of the first one of a document."""
-    document.write_text(re.sub(r"(?m)(^\|.*\n)+", lambda _: f"{table}\n", document.read_text(), count=1))
+def policy_table() -> str:
+    """The Markdown table of who reaches what in each gateway mode, as test_exposure asserts it with packets."""
+    lines = [["to", "from", *(mode.name for mode in POLICIES)], ["---"] * (2 + len(POLICIES))]
+    for target in exposed.TARGETS:
+        who: dict[tuple[str, ...], list[str]] = {}
+        for each in exposed.WHO:
+            cells = tuple("yes" if exposed.reaches(mode, 4, each, target) else "no" for mode in POLICIES)
+            who.setdefault(cells, []).append(each)
+        lines += ([target.name, "everybody" if len(who) == 1 else ", ".join(names), *cells]
+                  for cells, names in who.items())
+    seen = {"container": "itself", "": "nobody"}
+    out = (exposed.out_as(mode, 4, "container") for mode in POLICIES)
+    lines.append(["the LAN client, who sees", "the container", *(seen.get(each, "the host") for each in out)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace_table(document: pathlib.Path, table: str, heading: str = "") -> None:
+    """Put a Markdown table in the place of the first one of a document, after a heading."""
+    text = document.read_text()
+    at = text.index(heading)
+    document.write_text(text[:at] + re.sub(r"(?m)(^\|.*\n)+", lambda _: f"{table}\n", text[at:], count=1))
 
 
 def main() -> None:
@@ -97,6 +117,7 @@ def main() -> None:
     print(text)
     if options.write:
         replace_table(lab.ROOT / "docs/paths.md", text)
+        replace_table(lab.ROOT / "docs/paths.md", policy_table(), POLICY_HEADING)
 
 
 if __name__ == "__main__":

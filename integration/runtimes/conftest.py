@@ -1,23 +1,10 @@
 """Real runtimes, each on a machine of its own. What was tried is printed as a table when the tests have run."""
 import collections
-import pathlib
-import shutil
 from typing import Any
 
 import lab
 import pytest
 from lab.machine import RUNTIMES, UNPACKED, VERSIONS
-
-
-@pytest.fixture(scope="session")
-def need():
-    """Skip, and say so, where a program or an unpacked package is missing: integration/runtimes/packages fetches it."""
-    def check(*programs: str | pathlib.Path) -> None:
-        missing = [str(program) for program in programs
-                   if not shutil.which(program) and not pathlib.Path(program).exists()]
-        if missing:
-            pytest.skip(f"missing, see integration/runtimes/packages: {', '.join(missing)}")
-    return check
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +21,16 @@ def cnitool(need, tmp_path_factory):
                 f"GOCACHE={UNPACKED}/go-cache", go, "build", "-o", folder / f"cnitool-{release}",
                 "github.com/containernetworking/cni/cnitool", timeout=300)
     return folder
+
+
+@pytest.fixture(scope="module")
+def podman_version(need, request):
+    """What podman says it is, where it is one that calls CNI plugins."""
+    need("podman", "runc", "busybox", "/usr/lib/cni/bridge")
+    version = lab.run("podman", "--version").strip()
+    if " 4." not in version:
+        pytest.skip(f"{version} calls no CNI plugins: Debian 12 has podman 4.3")
+    VERSIONS[request.module.__name__].append(version)
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> None:

@@ -1,116 +1,15 @@
 """containerd, by way of CRI, as Kubernetes uses it."""
 import contextlib
-import json
-import subprocess
-from types import ModuleType
-from typing import Any
 
 import lab
 import pytest
-from lab.cri import DEFINITION, Cri, compile_messages
-from lab.machine import (CLIENT_IP, HOST_IP, NEWER_PLUGINS, PLUGINS, UNPACKED, VERSIONS, Machine, flush_ruleset,
-                         shown_in)
+from lab.containerd import COMMANDS, RELEASES, Containerd, Sandbox
+from lab.machine import CLIENT_IP, HOST_IP, NEWER_PLUGINS, PLUGINS, VERSIONS, flush_ruleset, shown_in
 
-RELEASES = {"1.6": "/usr/bin", "2": UNPACKED / "containerd-2/usr/bin"}
-VERSION = {"1.6": "1.0.0", "2": "1.1.0"}  # of CNI, the newest that each speaks
-CONF = """
-version = 2
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "localhost/pause:latest"
-  restrict_oom_score_adj = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "/etc/cni/net.d"
-"""
-COMMANDS = """
-dpkg-divert --rename --add /usr/lib/cni/portmap
-scripts/install --bin-dir /usr/lib/cni
-install -D -m 644 conf/kubernetes/10-bridge.conflist /etc/cni/net.d/10-bridge.conflist
-"""
 UNDO = """
 scripts/install --uninstall --bin-dir /usr/lib/cni
 dpkg-divert --rename --remove /usr/lib/cni/portmap
 """
-BREAKER = """#!/bin/sh
-# A plugin at the end of the chain, whose ADD fails as long as a file exists.
-case $CNI_COMMAND in
-    VERSION) echo '{"cniVersion": "1.1.0", "supportedVersions": ["1.0.0", "1.1.0"]}' ;;
-    ADD) [ ! -e /run/machine/broken ] || { echo '{"cniVersion": "1.0.0", "code": 100, "msg": "broken"}'; exit 1; }
-         exec /usr/bin/python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)["prevResult"]))' ;;
-esac
-"""
-
-
-class Containerd(Machine):
-    """A machine with containerd, a pause image and a dual-stack network."""
-
-    def __init__(self, release: str, messages: ModuleType) -> None:
-        super().__init__(f"containerd-{release}", COMMANDS, NEWER_PLUGINS if release == "2" else PLUGINS)
-        self.release, self._messages = release, messages
-
-    def prepare(self) -> None:
-        conflist = self.json("cat", "/etc/cni/net.d/10-bridge.conflist")
-        conflist["cniVersion"] = VERSION[self.release]
-        conflist["plugins"].append({"type": "breaker"})
-        conflist["plugins"][0]["ipMasq"] = False  # after nft flush ruleset, its own DEL would fail
-        self.write("/etc/cni/net.d/10-bridge.conflist", json.dumps(conflist))
-        self.write("/usr/lib/cni/breaker", BREAKER)
-        self.run("chmod", "755", "/usr/lib/cni/breaker")
-        self.write("/etc/containerd/config.toml", CONF)
-        self.start()
-        self.load(f"{RELEASES[self.release]}/ctr -n k8s.io images import", "localhost/pause:latest", "sleep", "100000")
-        assert lab.until(lambda: self.cri("ImageStatus", "ImageService", image={"image": "localhost/pause:latest"}))
-
-    def start(self) -> None:
-        """Start containerd, and wait for it."""
-        self.write("/usr/local/sbin/start", f"PATH={RELEASES[self.release]}:$PATH; echo $$ >/run/containerd.pid; "
-                                            f"exec containerd")
-        with open(f"/run/machine/{self.name}.log", "ab") as log:
-            self._daemon = subprocess.Popen(self.command("sh", "/usr/local/sbin/start"), stdout=log, stderr=log)
-        self.cri = Cri("/run/containerd/containerd.sock", self._messages)
-
-    def stop(self) -> None:
-        self.cri.close()
-        self.run("sh", "-c", "kill $(cat /run/containerd.pid)")
-        self._daemon.wait(timeout=60)
-
-    def conditions(self) -> dict[str, dict[str, Any]]:
-        """RuntimeReady and NetworkReady, as the kubelet asks for them."""
-        return {each["type"]: each for each in self.cri("Status")["status"]["conditions"]}
-
-
-class Sandbox:
-    """A pod sandbox. `ports`: (host port, container port, protocol, hostIP)."""
-
-    def __init__(self, node: Containerd, name: str, *ports: tuple[int, int, str, str]) -> None:
-        self.node, self.name = node, name
-        mappings = [{"host_port": host_port, "container_port": port, "protocol": protocol, "host_ip": host_ip}
-                    for host_port, port, protocol, host_ip in ports]
-        self.id: str = node.cri("RunPodSandbox", config={
-            "metadata": {"name": name, "uid": name, "namespace": "default"}, "hostname": name,
-            "port_mappings": mappings, "linux": {}})["pod_sandbox_id"]
-
-    @property
-    def inside(self) -> lab.Netns:
-        info = json.loads(self.node.cri("PodSandboxStatus", pod_sandbox_id=self.id, verbose=True)["info"]["info"])
-        return lab.Netns(next(each["path"] for each in info["runtimeSpec"]["linux"]["namespaces"]
-                            if each["type"] == "network"))
-
-    def stop(self) -> None:
-        self.node.cri("StopPodSandbox", pod_sandbox_id=self.id)
-
-    def answers(self, port: int = 8080) -> bool:
-        """Whether the pod's server answers on the node's addresses, and sees the client's own."""
-        with lab.Server(self.name, self.inside, 80):
-            return [lab.exchange(self.node.client, HOST_IP[family], port) for family in (4, 6)] == \
-                [lab.Saw(self.name, CLIENT_IP[family], 80) for family in (4, 6)]
-
-
-@pytest.fixture(scope="module")
-def messages(need, tmp_path_factory):
-    pytest.importorskip("grpc")
-    need("protoc", DEFINITION)
-    return compile_messages(tmp_path_factory.mktemp("cri"))
 
 
 @pytest.fixture(scope="module", params=RELEASES)

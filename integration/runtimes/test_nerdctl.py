@@ -4,8 +4,14 @@ import subprocess
 
 import lab
 import pytest
-from lab.machine import CLIENT_IP, HOST_IP, PLUGINS, Machine, wrappers
+from lab.machine import CLIENT_IP, HOST_IP, PLUGINS, Machine, shown_in, wrappers
 
+COMMANDS = """
+scripts/install
+"""
+CONF = """
+install -D -m 644 conf/nerdctl/nerdctl-web.conflist /etc/cni/net.d/nerdctl-web.conflist
+"""
 CONFLIST = {
     "cniVersion": "1.0.0", "name": "bridge",
     "nerdctlID": "17f29b073143d8cd97b5bbe492bdeffec1c5fee55cc1fe2112c8b9335f8b6121",
@@ -62,7 +68,7 @@ class NerdctlContainer:
 @pytest.fixture(scope="module")
 def machine(need):
     need(f"{PLUGINS}/firewall", "iptables")
-    with Machine("nerdctl") as machine:
+    with Machine("nerdctl", COMMANDS) as machine:
         yield machine
 
 
@@ -121,3 +127,25 @@ def test_failed_create(container):
     second.network.delete(second.id, "", PORTS)
     assert lab.table() == before
     assert web.answers()
+
+
+def test_ports_that_are_held(container):
+    """From 2.1.6 on a process holds the ports before ADD: no obstacle, unless hostPortInUse says so"""
+    web = container("web")
+    with lab.Server("reserver", lab.HOST, 8080, ip="0.0.0.0"):
+        web.create()
+        assert web.answers()
+        web.stop()
+        first, ours, *rest = CONFLIST["plugins"]
+        web.network = lab.Network({**CONFLIST, "plugins": [first, {**ours, "hostPortInUse": "refuse"}, *rest]},
+                                  web.network.bin_dir)
+        with pytest.raises(lab.CniFailed, match="in use by a process of this host"):
+            web.create()
+
+
+def test_documented_commands(machine):
+    """The commands in docs/nerdctl.md, which have installed what was tested here; the conflist is valid"""
+    machine.shell(CONF)
+    machine.run("cni-portmap", "validate", "/etc/cni/net.d/nerdctl-web.conflist")
+    assert shown_in("docs/nerdctl.md", COMMANDS)
+    assert shown_in("docs/nerdctl.md", CONF)

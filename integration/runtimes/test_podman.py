@@ -1,11 +1,13 @@
 """podman: rootful, CNI backend, runc."""
 import contextlib
+import json
+import subprocess
 
 import lab
 import pytest
-from lab.machine import CLIENT_IP, HOST_IP, VERSIONS, Machine, flush_ruleset, shown_in
+from lab.machine import CLIENT_IP, HOST_IP, flush_ruleset, says, shown_in
+from lab.podman import INSTALL, Podman
 
-INSTALL = "scripts/install --bin-dir /usr/local/lib/cni"
 COMMANDS = f"""
 {INSTALL}
 cp conf/podman/web.conflist /etc/cni/net.d/
@@ -13,52 +15,29 @@ podman run --detach --name hello --network web -p 8080:80 "$IMAGE"
 curl --retry 5 --retry-connrefused http://127.0.0.1:8080/
 cni-portmap list
 """
-CONF = """
-[containers]
-default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
-[engine]
-runtime = "runc"
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-[network]
-network_backend = "cni"
+FOLDERS = """
+mkdir -p /etc/containers/containers.conf.d
+printf '%s\\n' '[network]' 'cni_plugin_dirs = ["/usr/local/lib/cni", "/usr/libexec/cni"]' \\
+    >/etc/containers/containers.conf.d/cni-portmap.conf
 """
+# A network that gives no addresses, as a provider's second one may be.
+LAYER2 = {"cniVersion": "0.4.0", "name": "layer2", "plugins": [
+    {"type": "bridge", "bridge": "layer2", "ipam": {}},
+    {"type": "portmap", "capabilities": {"portMappings": True}}]}
 
 
-class Podman(Machine):
-    """A machine with podman, images without a registry, and two networks, of which `dual` is dual-stack."""
-
-    def prepare(self) -> None:
-        self.write("/etc/containers/containers.conf", CONF)
-        self.load("podman load -i", "localhost/image:latest", "sleep", "100000")
-        self.load("podman load -i", "localhost/hello:latest", "httpd", "-f", "-p", "80")
-        self.run("podman", "network", "create", "--ipv6", "dual")
-        self.run("podman", "network", "create", "other")
-
-    def podman(self, *words: object) -> str:
-        return self.run("podman", *words).strip()
-
-    def start(self, *options: str, name: str = "web", network: str = "dual") -> str:
-        return self.podman("run", "-d", "--name", name, "--network", network, *options, "image")
-
-    def inside(self, name: str = "web") -> lab.Netns:
-        return lab.Netns(self.podman("inspect", "--format", "{{.NetworkSettings.SandboxKey}}", name))
-
-    def answers(self, port: int = 8080, families: tuple[int, ...] = (4, 6), name: str = "web") -> bool:
-        """Whether a container's server answers on the host's addresses, and sees the client's own."""
-        with lab.Server(name, self.inside(name), 80):
-            return [lab.exchange(self.client, HOST_IP[family], port) for family in families] == \
-                [lab.Saw(name, CLIENT_IP[family], 80) for family in families]
+def bridge_conflist(name, bridge, subnet, **changes):
+    """A network as podman 4 makes it."""
+    first = {"type": "bridge", "bridge": bridge, "isGateway": True, "ipMasq": True, "hairpinMode": True, **changes,
+             "ipam": {"type": "host-local", "ranges": [[{"subnet": subnet}]]}}
+    if first["isGateway"]:
+        first["ipam"]["routes"] = [{"dst": "0.0.0.0/0"}]
+    return {"cniVersion": "0.4.0", "name": name, "plugins": [first, LAYER2["plugins"][1]]}
 
 
 @pytest.fixture(scope="module")
-def podman(need):
-    need("podman", "runc", "busybox", "/usr/lib/cni/bridge")
-    version = lab.run("podman", "--version").strip()
-    if " 4." not in version:
-        pytest.skip(f"{version} calls no CNI plugins: Debian 12 has podman 4.3")
-    with Podman("podman", INSTALL) as machine:
-        VERSIONS[__name__].append(version)
+def podman(podman_version):
+    with Podman() as machine:
         yield machine
 
 
@@ -170,6 +149,112 @@ def test_two_networks(podman, clean):
     assert podman.answers()
 
 
+@pytest.mark.parametrize("networks", ["other,third", "third,other"])
+def test_one_of_two_networks_leads(podman, clean, networks):
+    """run --network of two: podman says which one leads, cni-portmap list names it, and the other one takes over"""
+    podman.write("/etc/cni/net.d/third.conflist", json.dumps(bridge_conflist("third", "third0", "10.66.0.0/24")))
+    podman.start("-p", "8080:80", network=networks)
+
+    def leading():
+        line, = podman.json("cni-portmap", "list", "--json")
+        its = podman.json("podman", "inspect", "web")[0]["NetworkSettings"]["Networks"]
+        assert line["container_ip"] == its[line["network"]]["IPAddress"]
+        return line["network"]
+    first = leading()
+    assert podman.answers(families=(4,))
+    podman.podman("network", "disconnect", first, "web")
+    assert {first, leading()} == {"other", "third"}
+    assert says("docs/podman.md",
+                "Which one is podman's choice, not that of the command line: `cni-portmap list` names it")
+
+
+def doctor(podman, *words):
+    """What doctor finds, by cause."""
+    done = subprocess.run(podman.command("cni-portmap", "doctor", *words, "--json"), text=True, capture_output=True,
+                          check=False)
+    assert "Traceback" not in done.stderr
+    return {each["cause"]: each for each in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize("network", ["internal", "nogateway"])
+def test_a_network_without_a_gateway(podman, clean, network):
+    """network create --internal, "isGateway": false: podman says nothing, doctor says what helps, and it does"""
+    if network == "internal":
+        podman.run("podman", "network", "create", "--internal", "internal")
+    else:
+        podman.write("/etc/cni/net.d/nogateway.conflist",
+                     json.dumps(bridge_conflist("nogateway", "nogateway0", "10.77.0.0/24", isGateway=False)))
+    done = subprocess.run(podman.command("podman", "--log-level", "debug", "run", "-d", "--name", "web", "--network",
+                                         network, "-p", "8080:80", "image"), text=True, capture_output=True, check=True)
+    assert "no interface of this host" not in done.stdout + done.stderr
+    found = doctor(podman, "8080")["network-without-gateway"]
+    assert "second network" in found["advice"] and "ip address add" not in found["advice"]
+    assert not {"no-route-to-container", "route-elsewhere", "no-way-back"} & {*doctor(podman, "8080")}
+    podman.podman("network", "connect", "other", "web")
+    with lab.Server("web", podman.inside(), 80):
+        assert lab.exchange(lab.HOST, "127.0.0.1", 8080, timeout=0.3) is None  # the first network leads
+    podman.podman("rm", "-f", "-t", "0", "web")
+    conflist = podman.json("cat", f"/etc/cni/net.d/{network}.conflist")
+    conflist["plugins"] = [plugin for plugin in conflist["plugins"] if plugin["type"] != "portmap"]
+    podman.write(f"/etc/cni/net.d/{network}.conflist", json.dumps(conflist))
+    podman.start("-p", "8080:80", network=f"{network},other")
+    assert podman.answers(families=(4,))
+    assert says("docs/podman.md", "`podman network create --internal`", '`"isGateway": false`',
+                "drops what the plugin says", "remove `portmap` from the conflist of the first")
+    assert says("docs/limits.md", "podman drops what plugins say there")
+
+
+def test_a_removed_container_is_not_its_namesake(podman, clean):
+    """rm of one whose rules were flushed: its name is another's now, and doctor tells them apart"""
+    first = podman.start("-p", "8080:80")
+    flush_ruleset()
+    podman.podman("rm", "-f", "-t", "0", "web")
+    podman.start(network="other")
+    found = doctor(podman, "8080")
+    left = [path for path in podman.run("ls", "/var/lib/cni/results").split() if first in path]
+    assert [*found] == (["container-stopped"] if left else ["not-published"])
+    if left:
+        assert f"podman start {first[:12]}" in found["container-stopped"]["advice"]
+        assert "another container of the name web is there" in json.dumps(found)
+        podman.run("rm", f"/var/lib/cni/results/{left[0]}")
+
+
+@pytest.fixture
+def libexec(podman):
+    """The distribution's plugins where Fedora and RHEL have them."""
+    podman.run("sh", "-euc", "mkdir /run/machine/libexec; cp -a /usr/libexec/. /run/machine/libexec; "
+                             "mkdir -p /run/machine/libexec/cni; cp -L /usr/lib/cni/* /run/machine/libexec/cni; "
+                             "mount --bind /run/machine/libexec /usr/libexec")
+    yield
+    podman.run("sh", "-euc", "umount /usr/libexec; rm -r /run/machine/libexec; rm -f "
+                             "/etc/containers/containers.conf.d/*")
+
+
+def test_plugins_in_usr_libexec(podman, libexec, clean):
+    """podman calls the distribution's portmap; doctor says so, and adopt; as documented podman calls ours"""
+    assert podman.run("sh", "-c", "ls /usr/libexec/cni/portmap")
+    podman.start("-p", "8080:80")
+    assert podman.answers() and podman.json("cni-portmap", "list", "--json") == []
+    for words in ("8080",), ():
+        assert {cause: each["severity"] for cause, each in doctor(podman, *words).items()} == \
+            {"published-by-other": "info", "podman-calls-another": "info"}
+    assert '["/usr/local/lib/cni", ' in doctor(podman)["podman-calls-another"]["advice"]
+    podman.shell(FOLDERS)
+    podman.run("cni-portmap", "adopt")
+    podman.podman("restart", "-t", "0", "web")
+    assert podman.answers() and podman.json("cni-portmap", "list", "--json", "--port", "8080")
+    assert not {"published-by-other", "podman-calls-another"} & {*doctor(podman)}
+    assert shown_in("docs/podman.md", FOLDERS)
+
+
+@pytest.mark.parametrize("networks", ["dual,layer2", "layer2,dual"])
+def test_a_network_without_addresses(podman, clean, networks):
+    """run --network with one that has no IPAM: the port leads through the other"""
+    podman.write("/etc/cni/net.d/layer2.conflist", json.dumps(LAYER2))
+    podman.start("-p", "8080:80", network=networks)
+    assert podman.answers()
+
+
 @pytest.mark.parametrize("leaves", ["other", "dual"])
 def test_connect_and_disconnect_keep_the_port(podman, clean, leaves):
     """network connect other: it answers; so it does after network disconnect"""
@@ -214,7 +299,7 @@ def test_a_second_claim_is_refused(podman, clean, second):
     """A second container with the port is refused, with the owner's name; the first is unharmed; the second had -p"""
     owner = podman.start("-p", "8080:80")
     before = lab.table()
-    said = podman.fails("podman", "run", "-d", "--network", "dual", "-p", second, "image")
+    said = podman.refuses("-p", second)
     assert f"is already published by container {owner} (web), interface eth0" in said
     assert lab.table() == before
     assert podman.answers()

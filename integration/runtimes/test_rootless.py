@@ -1,110 +1,103 @@
-"""The rootless shape: an ordinary user's user, network and mount namespaces, as rootless runtimes make them."""
-import pathlib
-import subprocess
-from typing import Any
-
+"""podman of an ordinary user: CNI backend, slirp4netns, runc."""
 import lab
 import pytest
-from lab.machine import PLUGINS, Machine, wrappers
+from lab.machine import CLIENT_IP, HOST_IP, says, shown_in
+from lab.podman import RootlessPodman
 
-USER = 65534
-# Links by command, not by the lab: this is a shell in user and mount namespaces that the tests' process is not in.
-BOOT = """
-echo $$; read mapped
-mount -t tmpfs tmpfs /run  # the user's own there, as is libcni's folder
-mount -t tmpfs tmpfs /var/lib/cni
-ip link set lo up; ip netns add box
-echo ready; exec sleep 1000
+COMMANDS = """
+podman unshare --rootless-netns cni-portmap list
+podman unshare --rootless-netns cni-portmap restore
 """
-
-
-class Rootless:
-    """`network` calls the plugins there; `host` is the user's network, `box` a container's in it."""
-
-    def __init__(self, machine: Machine, folder: pathlib.Path) -> None:
-        self._machine = machine
-        machine.run("mkdir", "-p", "/var/lib/cni")
-        self._process = subprocess.Popen(machine.command(
-            "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "unshare", "--user", "--net", "--mount",
-            "sh", "-euc", BOOT), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdin and self._process.stdout
-        self._pid = self._process.stdout.readline().strip()
-        self.proc = machine.root / "proc" / self._pid
-        for kind in "uid", "gid":  # what newuidmap and newgidmap do
-            (self.proc / f"{kind}_map").write_text(f"0 {USER} 1")
-        self._process.stdin.write("mapped\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline() == "ready\n"
-        self.host, self.box = lab.Netns(self.proc / "ns/net"), lab.Netns(self.proc / "root/run/netns/box")
-        with self.host:
-            lab.br_netfilter(False)
-        inside = machine.command("nsenter", "-t", self._pid, "-U", "-m", "-n", "--")
-        self.network = lab.Network(lab.bridge_conflist("rootless", subnets=("10.77.0.0/16", "fd77::/64")),
-                                   wrappers(folder, inside))
-        self.command = inside
-
-    def add(self, ports: list[dict[str, Any]]) -> None:
-        self.network.add("box", "/run/netns/box", ports)
-
-    def delete(self, ports: list[dict[str, Any]]) -> None:
-        self.network.delete("box", "/run/netns/box", ports)
-
-    def table(self) -> str:
-        return lab.run(*self.command, "nft", "-s", "list", "ruleset")
-
-    def end(self) -> None:
-        self._machine.run("kill", "-9", self._pid)
-        self._process.communicate()
+SLIRP = "10.0.2.100"  # the address of the user's network
 
 
 @pytest.fixture(scope="module")
-def machine(need):
-    need(f"{PLUGINS}/bridge", "setpriv")
-    with Machine("rootless") as machine:
+def podman(podman_version, need):
+    need("slirp4netns", "newuidmap", "/dev/net")
+    with RootlessPodman("rootless") as machine:
         yield machine
+    assert lab.table() == ""  # the host's own rules stay as they are
 
 
 @pytest.fixture
-def rootless(machine, tmp_path):
-    rootless = Rootless(machine, tmp_path)
-    yield rootless
-    rootless.end()
-    assert lab.table() == ""
+def clean(podman):
+    """When a test's containers are removed, nothing of them is left in the user's table."""
+    yield
+    podman.podman("rm", "-af", "-t", "0")
+    assert "c/" not in podman.within("nft", "list", "ruleset")
 
 
-def test_a_container_answers_its_user(rootless):
-    """ADD, answers on localhost and to the user's network, CHECK, DEL; the host's own rules stay as they are"""
-    ports = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
-    rootless.add(ports)
-    with rootless.host:
-        slirp = lab.wire("slirp", ("10.0.2.1/24", "fd00:2::1/64"), ("10.0.2.2/24", "fd00:2::2/64"), "tap0")
-    with lab.Server("box", rootless.box, 80):
-        for ip in "127.0.0.1", "::1":
-            assert lab.exchange(rootless.host, ip, 8080)
-        assert lab.exchange(slirp, "10.0.2.1", 8080) == lab.Saw("box", "10.0.2.2", 80)
-        assert lab.exchange(slirp, "fd00:2::1", 8080) == lab.Saw("box", "fd00:2::2", 80)
-    rootless.network.check("box", "/run/netns/box", ports)
-    rootless.delete(ports)
-    assert "c/" not in rootless.table()
-    with rootless.host:
-        slirp.remove()
+def ports_of(podman):
+    """What is published, as cni-portmap list says it."""
+    return {line.split()[0] for line in podman.within("cni-portmap", "list").splitlines()[1:]}
 
 
-@pytest.mark.parametrize(("shift", "number"), [(0, 1000), (1, 150)], ids=["to themselves", "to others"])
-def test_many_ports(rootless, shift, number):
-    """Many ports in one ADD, where socket buffers cannot be raised; they lead"""
-    ports = [{"hostPort": port, "containerPort": port + shift, "protocol": "tcp"}
-             for port in range(11000 - number, 11000)]
-    rootless.add(ports)
-    with lab.Server("box", rootless.box, 10999 + shift):
-        assert lab.exchange(rootless.host, "127.0.0.1", 10999)
-    rootless.delete(ports)
-    assert "c/" not in rootless.table()
+def test_paths(podman, clean):
+    """run -p: it answers from the LAN and the host, through podman's forwarder; in the user's network through us"""
+    podman.start("-p", "8080:80", "-p", "127.0.0.1:8081:80", "-p", "5353:53/udp")
+    podman.start(name="other")
+    inside, other, network = podman.inside(), podman.inside("other"), podman.network()
+    with lab.Server("web", inside, 80), lab.Server("web", inside, 53, "udp"):
+        for where, ip in (podman.client, HOST_IP[4]), (podman.client, HOST_IP[6]), (lab.HOST, "127.0.0.1"):
+            for port, protocol in (8080, "tcp"), (5353, "udp"):
+                saw = lab.exchange(where, ip, port, protocol)
+                assert saw.server == "web" and saw.peer not in (*CLIENT_IP.values(), *HOST_IP.values(), "127.0.0.1")
+        assert lab.exchange(podman.client, HOST_IP[4], 8081, timeout=0.3) is None
+        gateway = lab.exchange(network, "127.0.0.1", 8080).peer
+        for where, ip, port, protocol, sees in (
+                (network, "127.0.0.1", 8081, "tcp", gateway), (network, SLIRP, 8080, "tcp", SLIRP),
+                (network, SLIRP, 5353, "udp", SLIRP), (other, gateway, 8080, "tcp", gateway),
+                (inside, gateway, 8080, "tcp", gateway)):
+            saw = lab.exchange(where, ip, port, protocol)
+            assert (saw.server, saw.peer) == ("web", sees)
+        assert lab.exchange(network, SLIRP, 8081, timeout=0.3) is None
+    assert says("docs/podman.md", "so the container does not see the client's address, with any plugin")
 
 
-def test_too_many_shifted_ports_are_refused_with_advice(rootless):
-    """Each has a rule, and a thousand do not fit into a socket buffer that cannot be raised."""
-    ports = [{"hostPort": port, "containerPort": port + 1, "protocol": "tcp"} for port in range(10000, 11000)]
-    with pytest.raises(lab.CniFailed, match=r"net\.core\.wmem_max"):
-        rootless.add(ports)
-    assert "c/" not in rootless.table()
+def test_stop_start_restart(podman, clean):
+    """stop: nothing is left; start, restart: it is published again"""
+    podman.start("-p", "8080:80")
+    before = ports_of(podman)
+    assert before == {"0.0.0.0:8080/tcp", "[::]:8080/tcp"}
+    podman.podman("stop", "-t", "0", "web")
+    assert ports_of(podman) == set()
+    podman.podman("start", "web")
+    assert ports_of(podman) == before
+    podman.podman("restart", "-t", "0", "web")
+    assert ports_of(podman) == before
+
+
+def test_a_second_claim_is_refused(podman, clean):
+    """A second container with the port is refused, with the owner's name; the first is unharmed"""
+    owner = podman.start("-p", "8080:80")
+    before = ports_of(podman)
+    assert f"is already published by container {owner} (web), interface eth0" in podman.refuses("-p", "8080:80")
+    assert ports_of(podman) == before
+
+
+def test_ports_come_back_after_a_flush(podman, clean):
+    """nft flush ruleset in the user's network, then cni-portmap restore there"""
+    podman.start("-p", "8080:80")
+    before = ports_of(podman)
+    podman.within("nft", "flush", "ruleset")
+    assert ports_of(podman) == set()
+    assert "1 restored" in podman.run(*podman.as_user, "sh", "-euc", COMMANDS)
+    assert ports_of(podman) == before
+    with lab.Server("web", podman.inside(), 80):
+        assert lab.exchange(podman.network(), "127.0.0.1", 8080)
+    assert shown_in("docs/podman.md", COMMANDS)
+
+
+@pytest.mark.parametrize(("shift", "number"), [(0, 800), (1, 700)], ids=["to themselves", "to others"])
+def test_many_ports(podman, clean, shift, number):
+    """run -p of a range, where socket buffers cannot be raised; they lead"""
+    podman.start("-p", f"{11000 - number}-10999:{11000 - number + shift}-{10999 + shift}")
+    with lab.Server("web", podman.inside(), 10999 + shift):
+        assert lab.exchange(podman.network(), "127.0.0.1", 10999)
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["to themselves", "to others"])
+def test_too_many_ports_are_refused_with_advice(podman, clean, shift):
+    """A thousand, over IPv4 and IPv6, do not fit into a socket buffer that cannot be raised."""
+    said = podman.refuses("-p", f"10000-10999:{10000 + shift}-{10999 + shift}")
+    assert "too many ports" in said and "net.core.wmem_max" in said

@@ -42,6 +42,19 @@ class Traffic:
             took = time.perf_counter() - start
         return statistics.median(times) / 1e3, len(times) / took
 
+    def connects(self, ip: str, port: int, server: socket.socket, count: int) -> list[int]:
+        """Nanoseconds that each of so many connect(2) takes."""
+        times: list[int] = []
+        with self.node.client:
+            for _ in range(count):
+                with socket.socket() as client:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                    before = time.perf_counter_ns()
+                    client.connect((ip, port))
+                    times.append(time.perf_counter_ns() - before)
+                    server.accept()[0].close()
+        return times
+
     def first_packet(self, ip: str, port: int) -> float:
         """Microseconds from sending a flow's first packet until the server has it (median)."""
         times: list[int] = []

@@ -30,7 +30,8 @@ def newer_system(folder: pathlib.Path, suite: str) -> str:
         lab.run(lab.ROOT / "scripts/packages", "system", timeout=900)
         say(f"making a {suite} in {folder}")
         packages = "python3,python3-nftables,nftables"
-        lab.run("debootstrap", "--variant=minbase", f"--include={packages}", suite, folder, debian.mirror(),
+        script = [] if pathlib.Path("/usr/share/debootstrap/scripts", suite).exists() else ["sid"]  # a newer release
+        lab.run("debootstrap", "--variant=minbase", f"--include={packages}", suite, folder, debian.mirror(), *script,
                 timeout=900)
     return installed_version("libnftables1", folder)
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 
+import lab
 from cni_portmap.linux import alive
 
 from . import subjects
@@ -54,17 +55,20 @@ def floor() -> Sample:
 
 
 def measure(everybody: list[Subject], nodes: Nodes, results: Results, sizes: tuple[int, ...], ports: tuple[int, ...],
-            rounds: int, seconds: float) -> None:
+            rounds: int, seconds: float, only: "set[Key] | None" = None) -> None:
+    """The calls of each subject; `only`: what has one of these keys (of any verb)."""
+    asked = None if only is None else {key._replace(measure="") for key in only}
     cells: list[Callable[[], Sample]] = []  # no two of a subject in a row: an ADD waits for what a DEL leaves behind
 
     modern = [subject for subject in everybody if not subject.old]
     quick = [subject for subject in modern if subject.backend != "iptables"]  # that one takes a minute for 1,000 ports
 
     def lives(of: list[Subject], what: str, container: Published, size: int = 0) -> None:
-        cells.extend(life(subject, nodes, what, container, size) for subject in of)
+        cells.extend(life(subject, nodes, what, container, size) for subject in of
+                     if asked is None or Key("", what, size, subject.name) in asked)
 
     for subject in everybody:
-        cells.append(floor)
+        cells.extend([floor] * (asked is None or Key("", "", 0, "") in asked))
         lives([subject], "no ports", NONE)
     lives(everybody, "1 TCP port", ONE)
     lives(everybody, "1 UDP port", ONE._replace(protocol="udp"))
@@ -76,8 +80,9 @@ def measure(everybody: list[Subject], nodes: Nodes, results: Results, sizes: tup
         lives(modern, f"{count:,} identity ports", subjects.identity(count))
         lives(quick if count > 100 else modern, f"{count:,} shifted ports", subjects.shifted(count))
     lives(quick, f"{ports[-1]:,} identity ports, UDP", subjects.identity(ports[-1], "udp"))
-    cells.extend(single(subject, nodes, "VERSION") for subject in everybody)
-    cells.extend(single(subject, nodes, "STATUS") for subject in modern)
+    if asked is None:
+        cells.extend(single(subject, nodes, "VERSION") for subject in everybody)
+        cells.extend(single(subject, nodes, "STATUS") for subject in modern)
     interleave("process", cells, results, rounds, seconds)
 
 
@@ -101,6 +106,57 @@ def at_once(everybody: list[Subject], nodes: Nodes, results: Results, rounds: in
                 yield Key(f"{verb}, failed", f"{AT_ONCE} at once", 0, subject.name, "calls"), failed
         return sample
     interleave("at once", [burst(subject) for subject in everybody], results, rounds, 60)
+
+
+FOREIGN = -2  # the "number of containers" of a node with somebody's large set
+
+
+def networks_beside(count: int) -> str:
+    """What is measured beside a set of so many networks, which is somebody else's."""
+    return f"1 TCP port, beside {count:,} networks"
+
+
+def beside(everybody: list[Subject], nodes: Nodes, results: Results, networks: int, rounds: int) -> None:
+    """ADD, ADD again and DEL on a node where another table has a set of many networks (a GeoIP list), and without."""
+    def one(subject: Subject, size: int) -> Callable[[], Sample]:
+        node, what = nodes.of(subject, size), networks_beside(networks if size else 0)
+        again = [] if subject.backend else [("ADD again", "ADD")]  # the reference plugin would add its rules again
+        calls = [(name, TimedCall.of(subject, verb, ONE)) for name, verb in (("ADD", "ADD"), *again, ("DEL", "DEL"))]
+
+        def sample() -> Iterator[tuple[Key, float]]:
+            with node.namespace:
+                for name, call in calls:
+                    yield Key(name, what, 0, subject.name), call.run()[0]
+        return sample
+    for subject in everybody:
+        with nodes.of(subject, FOREIGN).namespace:
+            elements = ", ".join(f"{10 + i // 65536}.{i // 256 % 256}.{i % 256}.0-{10 + i // 65536}.{i // 256 % 256}."
+                                 f"{i % 256}.200" for i in range(networks))
+            lab.nft_script(f"table inet geoip {{ set networks {{ type ipv4_addr; flags interval; "
+                           f"elements = {{ {elements} }}; }}; }}")
+    interleave("beside", [one(subject, size) for size in (0, FOREIGN) for subject in everybody], results, rounds, 60)
+
+
+def addresses(ours: Subject, nodes: Nodes, results: Results, count: int, rounds: int) -> None:
+    """ADD of a port on many addresses, and how much longer another container's ADD takes meanwhile."""
+    many = Published("many", "10.88.255.4", ((8080, 80),),
+                     host_ips=tuple(f"198.{18 + i // 62500}.{i // 250 % 250}.{i % 250 + 1}" for i in range(count)))
+    what, node = f"a port on {count:,} addresses", nodes.of(ours, 0)
+    big, other = ([TimedCall.of(ours, verb, each) for verb in ("ADD", "DEL")] for each in (many, ONE))
+
+    def sample() -> Iterator[tuple[Key, float]]:
+        with node.namespace, pathlib.Path("/dev/null").open("w") as nowhere:
+            yield Key("ADD", what, 0, ours.name), big[0].run()[0]
+            big[1].run()
+            alone, meanwhile = other[0].run()[0], 0.0
+            other[1].run()
+            pid = big[0].start(nowhere.fileno())
+            while not os.waitpid(pid, os.WNOHANG)[0]:
+                meanwhile = max(meanwhile, other[0].run()[0])
+                other[1].run()
+            big[1].run()
+            yield Key("ADD of another meanwhile, longer by", what, 0, ours.name), meanwhile - alone
+    interleave("addresses", [sample], results, rounds, 60)
 
 
 def conntrack(everybody: list[Subject], nodes: Nodes, results: Results, rounds: int) -> None:

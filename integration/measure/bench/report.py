@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import process
+from . import agent, exposure, process
 from .packets import NO_NAT
 from .results import Key, Results, Summary
 
@@ -18,21 +18,30 @@ class Names(NamedTuple):
     iptables: str
     old: str
     newer: str
+    bundle: str = ""
 
 
 # --- what the project promises --------------------------------------------------------------------------------
 
 class Target(NamedTuple):
+    """`value` is at most `most` times the `base`, or so many milliseconds where there is none."""
+
     text: str
     value: Key
-    base: Key
+    base: Key | None
     most: float
+
+    def ratio(self, results: Results) -> float | None:
+        """What was measured of it, None for nothing."""
+        value, base = results.median(self.value), results.median(self.base) if self.base else 1.0
+        return value / base if value is not None and base else None
 
 
 VERBS = ("ADD", "CHECK", "DEL")
 
 
-def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds: tuple[int, ...]) -> list[Target]:
+def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds: tuple[int, ...],
+            networks: int, addresses: int) -> list[Target]:
     """The ratios that this plugin is held to. A quick run has smaller sizes, and so ratios without a promise."""
     found: list[Target] = []
 
@@ -46,10 +55,10 @@ def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds
             found.append(Target(f"{verb}, {what}{there} / {who}", ours, ours._replace(subject=who), most))
 
     many, full = ports[-1], ports[-1] == 1000
-    against(names.nftables, "1 TCP port", (0.45, 0.70, 0.45))
-    against(names.nftables, "1 TCP port", (0.45, 0.20, 0.22), size=1000)
-    against(names.nftables, f"{many:,} identity ports", (at(full, 0.60), at(full, 0.50)), ("ADD", "DEL"))
-    against(names.nftables, f"{many:,} shifted ports", (at(full, 0.90), at(full, 0.70)), ("ADD", "DEL"))
+    against(names.nftables, "1 TCP port", (0.43, 0.65, 0.20))
+    against(names.nftables, "1 TCP port", (0.42, 0.15, 0.12), size=1000)
+    for kind in "identity", "shifted":
+        against(names.nftables, f"{many:,} {kind} ports", (at(full, 0.58), at(full, 0.72), at(full, 0.24)))
     against(names.iptables, f"{many:,} identity ports", (at(full, 0.002),), ("ADD",))
     for verb in VERBS:
         udp = Key(verb, "1 UDP port", 0, names.ours)
@@ -58,6 +67,13 @@ def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds
         none = Key(verb, "no ports", 0, names.ours)
         found.append(Target(f"{verb}, no ports / {process.FLOOR}", none, Key(process.FLOOR, "", 0, ""), 1.35))
     against(names.nftables, "no ports", (math.inf,) * 3)
+    for verb in "ADD again", "DEL":
+        near = Key(verb, process.networks_beside(networks), 0, names.ours)
+        found.append(Target(f"{verb}, beside somebody's {networks:,} networks / without", near,
+                            near._replace(what=process.networks_beside(0)), at(full, 1.3)))
+    big = Key("ADD", f"a port on {addresses:,} addresses", 0, names.ours)
+    found += (Target(f"{key.measure}, {key.what} (ms)", key, None, at(full, most)) for key, most in (
+        (big, 1000), (big._replace(measure="ADD of another meanwhile, longer by"), 200)))
     for who in names.newer, names.ours:
         for verb in "ADD", "DEL":
             last = Key(verb, "1 TCP port", sizes[-1], who)
@@ -72,10 +88,39 @@ def targets(names: Names, sizes: tuple[int, ...], ports: tuple[int, ...], crowds
                   (names.iptables, last._replace(subject=names.iptables), at(full, 0.04)))
         found += (Target(f"connect, {what}, {crowds[-1]:,} ports / {name}", last, base, most)
                   for name, base, most in others)
+    for size, most in (0, 1.10), (1000, 1.15):
+        guarded = Key("ADD", exposure.WHAT, size, f"{names.ours}, mode nat")
+        there = f", {size:,} containers present" if size else ""
+        found.append(Target(f"ADD{there}, with a policy / without", guarded, guarded._replace(subject=names.ours),
+                            most))
+    for size in 1, 1000:
+        guarded = Key("connect, p10", exposure.WHAT, size, f"{names.ours}, mode nat", "µs")
+        found.append(Target(f"connect, p10, {size:,} containers, with a policy / without", guarded,
+                            guarded._replace(subject=names.ours), 1.08))
+    for size in 0, 1000:
+        for verb in "ADD", "DEL":
+            beside = Key(verb, agent.WHAT, size, agent.beside(names.ours))
+            there = f", {size:,} containers present" if size else ""
+            found.append(Target(f"{verb}{there}, beside the agent / without", beside,
+                                beside._replace(subject=names.ours), 1.05))
+    found += (Target(f"{measure}, {size:,} containers ({unit})", Key(measure, agent.HEAL, size, "agent", unit), None,
+                     most) for measure, unit, size, most in agent.TARGETS)
     for verb in VERBS:
         peak = Key(f"{verb}, peak memory", "1 TCP port", 0, names.ours, "MiB")
         theirs = peak._replace(subject=names.nftables)
         found.append(Target(f"{verb}, peak memory / {names.nftables} and its nft", peak, theirs, 1.0))
+    for verb, most in zip(VERBS, (0.82, 0.88, 0.92)) if names.bundle else ():
+        bundle = Key(verb, "1 TCP port", 0, names.bundle)
+        found.append(Target(f"{verb}, 1 TCP port, the bundle / {names.ours}", bundle,
+                            bundle._replace(subject=names.ours), most))
+        none = bundle._replace(what="no ports")
+        found.append(Target(f"{verb}, no ports, the bundle / {names.ours}", none, none._replace(subject=names.ours),
+                            0.97))
+        found.append(Target(f"{verb}, no ports, the bundle / {names.nftables}", none,
+                            none._replace(subject=names.nftables), math.inf))
+        peak = bundle._replace(measure=f"{verb}, peak memory", unit="MiB")
+        found.append(Target(f"{verb}, peak memory, the bundle / {names.ours}", peak, peak._replace(subject=names.ours),
+                            1.05))
     return found
 
 
@@ -97,16 +142,27 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def markdown(results: Results, wanted: list[Target], subjects: list[str], about: dict[str, Any]) -> str:
-    """The whole report. Ratios are of medians; the small numbers are quartiles."""
+def missed(results: Results, wanted: list[Target]) -> list[Target]:
+    """The targets that were measured, and not met."""
+    return [target for target in wanted if (target.ratio(results) or 0) > target.most]
+
+
+def markdown(results: Results, wanted: list[Target], subjects: list[str], about: dict[str, Any],
+             again: Results) -> str:
+    """The whole report. Ratios are of medians; the small numbers are quartiles.
+
+    `again`: the second try of what was missed at first.
+    """
     parts = ["# Benchmark\n", "Medians, with quartiles beside them; measured by `scripts/bench`, all subjects "
              "interleaved.\n", _table(["", ""], [[name, str(value)] for name, value in about.items()]),
-             *_ratios(results, wanted)]
+             *_ratios(results, wanted, again)]
     sections: list[tuple[str, Callable[[Key], bool]]] = [
         ("Process (ms)", lambda key: key.unit == "ms" and "," not in key.measure and "connections" not in key.what and
-         key.measure != "who lives"),
+         key.measure != "who lives" and key.what != exposure.WHAT),
         ("Publishing (ms): a call that publishes a port, minus one that does not",
          lambda key: key.measure.endswith("publishing")),
+        ("With a policy (gatewayModeV4 and V6: nat) and without",
+         lambda key: key.what == exposure.WHAT and "processor" not in key.measure),
         ("CPU time of these processes (ms)", lambda key: key.measure.endswith("processor") and
          key.what in ("no ports", "1 TCP port")),
         ("Peak memory (MiB): the process, and the largest child that ran beside it", lambda key: key.unit == "MiB"),
@@ -114,7 +170,8 @@ def markdown(results: Results, wanted: list[Target], subjects: list[str], about:
         ("Failed calls among concurrent ones", lambda key: key.unit == "calls"),
         ("Judging an owner without a known link (ms)", lambda key: key.measure == "who lives"),
         ("With many connections in conntrack (ms)", lambda key: key.unit == "ms" and "connections" in key.what),
-        ("Packets, by number of published ports", lambda key: key.unit in ("µs", "1/s", "Gbit/s"))]
+        ("Packets, by number of published ports", lambda key: key.unit in ("µs", "1/s", "Gbit/s") and
+         key.what != exposure.WHAT)]
     for title, belongs in sections:
         rows: dict[tuple[str, str, int, str], dict[str, Key]] = {}
         columns = dict.fromkeys(name for name in ("", NO_NAT, *subjects)
@@ -147,19 +204,26 @@ def _row(measure: str, what: str, size: int, unit: str) -> str:
     return ", ".join(part for part in (name, what, there) if part)
 
 
-def _ratios(results: Results, wanted: list[Target]) -> list[str]:
+def _ratios(results: Results, wanted: list[Target], again: Results) -> list[str]:
     rows = []
-    for text, value, base, most in wanted:
-        ours, theirs = results.median(value), results.median(base)
-        if ours is not None and theirs:
-            ratio = ours / theirs
-            verdict = "" if most == math.inf else "yes" if ratio <= most else "**no**"
-            rows.append([text, number(ours), number(theirs), f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}",
-                         "" if most == math.inf else f"≤ {most:g}", verdict])
+    for target in wanted:
+        first, second = target.ratio(results), target.ratio(again)
+        ratio, found = (first, results) if second is None else (second, again)
+        if ratio is not None:
+            verdict = "" if target.most == math.inf else "yes" if ratio <= target.most else "**no**"
+            tries = "" if second is None else f" (second try; first {_ratio(first)})"
+            rows.append([target.text, number(found.median(target.value) or 0.0),
+                         number(found.median(target.base) or 0.0) if target.base else "",
+                         _ratio(ratio) if target.base else "",
+                         "" if target.most == math.inf else f"≤ {target.most:g}", verdict + tries])
     if not rows:
         return []
     return ["## Ratios\n", '"this" is cni-portmap, "that" is the subject after the slash; milliseconds, but connect in '
             "microseconds and memory in MiB.\n", _table(["", "this", "that", "ratio", "target", "met"], rows)]
+
+
+def _ratio(value: float | None) -> str:
+    return f"{value or 0.0:.2g}" if (value or 0.0) < 0.1 else f"{value:.2f}"
 
 
 def as_json(results: Results, about: dict[str, Any]) -> str:
@@ -251,7 +315,8 @@ def svg(results: Results, panels: list[Panel]) -> str:
 def plots(results: Results, names: Names, sizes: tuple[int, ...], ports: tuple[int, ...],
           crowds: tuple[int, ...]) -> dict[str, str]:
     """The plots by file name."""
-    who = [name for name in (names.ours, names.nftables, names.iptables, names.newer) if name]
+    who = [name for name in (names.ours, names.bundle, names.nftables, names.iptables, names.newer)
+           if name]
     counts = (1, *ports)
 
     def panel(verb: str, values: tuple[int, ...], below: str, key: Callable[[str, int], Key]) -> Panel:

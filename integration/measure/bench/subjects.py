@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import lab
 from cni_portmap import attachment as ours
-from cni_portmap import ruleset
+from cni_portmap import exposure, ruleset
 
 NETWORK, IFNAME, NETNS = "bench", "eth0", "/run/netns/measured"
 SUBNET = "10.88.0.0/16"
@@ -28,8 +28,8 @@ INPUTS = pathlib.Path("/run/bench")  # a tmpfs, see lab.enter
 class Subject(NamedTuple):
     """A plugin: its name in the tables, its executable, and the folder that is its /.
 
-    `backend`: the reference plugin's; `old`: it knows iptables alone, has no STATUS, and a CHECK that fails where a
-    container has no IPv6 address (plugins#819).
+    `backend`: the reference plugin's; `keys`: more of its configuration, keys and values; `old`: it knows iptables
+    alone, has no STATUS, and a CHECK that fails where a container has no IPv6 address (plugins#819).
     """
 
     name: str
@@ -37,6 +37,7 @@ class Subject(NamedTuple):
     backend: str = ""
     old: bool = False
     root: str = "/"
+    keys: tuple[tuple[str, str], ...] = ()
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -44,13 +45,14 @@ class Subject(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A container that publishes `ports` (host port, container port) of one protocol."""
+    """A container that publishes `ports` (host port, container port) of one protocol, on `host_ips` ("": on all)."""
 
     container_id: str
     ip: str
     ports: tuple[tuple[int, int], ...]
     protocol: str = "tcp"
     ip6: str = ""
+    host_ips: tuple[str, ...] = ("",)
 
 
 def identity(count: int, protocol: str = "tcp") -> Published:
@@ -75,7 +77,8 @@ def configuration(subject: Subject, container: Published, version: str = "1.0.0"
         ips.append({"address": f"{container.ip6}/64", "gateway": "fd88::1", "interface": 2})
     mac = "0a:00:00:00:00:01"
     config: dict[str, Any] = {
-        "cniVersion": version, "name": NETWORK, "type": "portmap", "capabilities": {"portMappings": True},
+        **dict(subject.keys), "cniVersion": version, "name": NETWORK, "type": "portmap",
+        "capabilities": {"portMappings": True},
         "prevResult": {"cniVersion": version, "ips": ips, "routes": [{"dst": "0.0.0.0/0"}], "dns": {},
                        "interfaces": [{"name": "cni0", "mac": mac}, {"name": "veth1f2e3d4c", "mac": mac},
                                       {"name": IFNAME, "mac": mac, "sandbox": NETNS}]}}
@@ -83,8 +86,8 @@ def configuration(subject: Subject, container: Published, version: str = "1.0.0"
         config["backend"] = subject.backend
     if container.ports:
         config["runtimeConfig"] = {"portMappings": [
-            {"hostPort": host, "containerPort": inner, "protocol": container.protocol}
-            for host, inner in container.ports]}
+            {"hostPort": host, "containerPort": inner, "protocol": container.protocol, "hostIP": ip}
+            for host, inner in container.ports for ip in container.host_ips]}
     return json.dumps(config).encode()
 
 
@@ -162,23 +165,37 @@ def populate(subject: Subject, containers: list[Published]) -> None:
     call("DEL", identity(1))
     *most, last = containers or [identity(1)]
     if most:
-        command, text = _BULK[subject.backend](most)
+        command, text = _BULK["policy" if subject.keys else subject.backend](most)
         lab.run("chroot", subject.root, *command, input=text, timeout=300)
     if containers:
         call("ADD", last)
 
 
 def _our_bulk(containers: Iterable[Published]) -> tuple[list[str], str]:
-    inode = os.stat(NETNS).st_ino
-    return ["nft", "-f", "-"], "".join(ruleset.attach(ours.Attachment(
-        each.container_id, IFNAME, NETWORK, netns=NETNS, inode=inode, addresses={4: ours.Address(4, each.ip, SUBNET)},
-        ports=tuple(ours.Port(4, each.protocol, "", *ports) for ports in each.ports), mark_bit=ours.DEFAULT_MARK_BIT))
-        for each in containers)
+    return ["nft", "-f", "-"], "".join(map(ruleset.attach, map(_attachment, containers)))
+
+
+def _our_bulk_with_policy(containers: Iterable[Published]) -> tuple[list[str], str]:
+    text = ""
+    for each in containers:
+        found, guard = _attachment(each), ours.Exposure(4, "nat", (each.ip,), home=("cni0",))
+        guard.note = exposure.note_of(guard)
+        found.exposure = (guard,)
+        members = exposure.created_for(found, ruleset.chain_of(found.container_id, found.ifname))
+        text += ruleset.attach(found) + exposure.commands((), members)[1]
+    return ["nft", "-f", "-"], text
+
+
+def _attachment(container: Published) -> ours.Attachment:
+    return ours.Attachment(
+        container.container_id, IFNAME, NETWORK, netns=NETNS, inode=os.stat(NETNS).st_ino,
+        addresses={4: ours.Address(4, container.ip, SUBNET)}, mark_bit=ours.DEFAULT_MARK_BIT,
+        ports=tuple(ours.Port(4, container.protocol, "", *ports) for ports in container.ports))
 
 
 def _reference_nftables_bulk(containers: Iterable[Published]) -> tuple[list[str], str]:
     lines = []
-    for name, ip, ((host, inner), *_), protocol, _ in containers:
+    for name, ip, ((host, inner), *_), protocol, *_ in containers:
         rule, comment = "add rule ip cni_hostport", f'comment "{name}"'
         lines += [f"{rule} hostports {protocol} dport {host} dnat to {ip}:{inner} {comment}",
                   f"{rule} masquerading ip saddr {ip} ip daddr {ip} masquerade {comment}",
@@ -188,7 +205,7 @@ def _reference_nftables_bulk(containers: Iterable[Published]) -> tuple[list[str]
 
 def _reference_iptables_bulk(containers: Iterable[Published]) -> tuple[list[str], str]:
     chains, rules = [], []
-    for name, ip, ((host, inner), *_), protocol, _ in containers:
+    for name, ip, ((host, inner), *_), protocol, *_ in containers:
         chain = f"CNI-DN-{hashlib.sha512((NETWORK + name).encode()).hexdigest()[:21]}"
         match = f"-p {protocol} -m {protocol} --dport {host}"
         chains.append(f":{chain} - [0:0]")
@@ -200,7 +217,8 @@ def _reference_iptables_bulk(containers: Iterable[Published]) -> tuple[list[str]
     return ["iptables-restore", "--noflush"], "\n".join(["*nat", *chains, *rules, "COMMIT"]) + "\n"
 
 
-_BULK = {"": _our_bulk, "nftables": _reference_nftables_bulk, "iptables": _reference_iptables_bulk}
+_BULK = {"": _our_bulk, "policy": _our_bulk_with_policy,
+         "nftables": _reference_nftables_bulk, "iptables": _reference_iptables_bulk}
 
 
 class Node:

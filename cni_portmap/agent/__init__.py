@@ -1,0 +1,6 @@
+"""The agent: an optional companion that keeps what the plugin has published, and that the plugin never needs.
+
+`memory` is what our processes have published, from their own transactions; `heal` writes again what others delete of
+it; `witness` says which attachments libcni still has; `children` do what takes long; `metrics` and `notify` tell of it;
+`main` has the loop. asyncio, one thread. Imports go from `main` down.
+"""
