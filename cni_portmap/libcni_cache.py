@@ -203,14 +203,29 @@ def with_mappings(cache: "dict[str, Any]", mappings: "list[dict[str, Any]]", plu
     Its network's configuration of this plugin holds, but for exposure; a network without this plugin gets its defaults.
     Raises Skipped where it leads to nothing, and CniError for mappings that are not valid.
     """
-    conflist: Any = conflist_of(cache)
-    plugins = conflist.get("plugins", [conflist])
-    config: dict[str, Any] = next((entry for entry in plugins if entry.get("type") == plugin), {})
-    config = {**config, "type": plugin, "capabilities": {"portMappings": True}}
-    asked = {**cache, "capabilityArgs": {"portMappings": mappings}}
-    attachment = _attachment(asked, plugin, kernel, {**conflist, "plugins": [config]})
+    try:
+        conflist: Any = conflist_of(cache)
+        plugins = conflist.get("plugins", [conflist])
+        config: dict[str, Any] = next((entry for entry in plugins if entry.get("type") == plugin), {})
+        config = {**config, "type": plugin, "capabilities": {"portMappings": True}}
+        asked = {**cache, "capabilityArgs": {"portMappings": mappings}}
+        attachment = _attachment(asked, plugin, kernel, {**conflist, "plugins": [config]})
+    except (Skipped, CniError):
+        raise
+    except Exception as error:
+        raise _not_ours(error) from None
+    if not attachment.ports:
+        raise Skipped("it has no address for these ports, or its network's gatewayMode is routed: then it answers at "
+                      "its own address")
     attachment.exposure = ()
     return attachment
+
+
+def args_of(cache: "dict[str, Any]") -> dict[str, str]:
+    """CNI_ARGS in a document, by name, such as K8S_POD_NAME; what is no text is left out."""
+    pairs = cache.get("cniArgs")
+    return dict(pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and
+                all(isinstance(text, str) for text in pair)) if isinstance(pairs, list) else {}
 
 
 def conflist_of(cache: "dict[str, Any]") -> "Any":

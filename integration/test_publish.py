@@ -10,15 +10,26 @@ import pytest
 CACHE = pathlib.Path("/run/cni/results")
 
 
+def remember(container):
+    """What libcni remembers of a container."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    Cache(CACHE).remember(container)
+
+
 @pytest.fixture
 def clinic(bin_dir):
     """A container with a published port, and libcni's cache of it."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     with Clinic(bin_dir) as there:
-        Cache(CACHE).remember(there.web)
+        remember(there.web)
         yield there
-        for path in CACHE.iterdir():
-            path.unlink()
+
+
+@pytest.fixture(autouse=True)
+def no_cache():
+    """No test sees the files of another."""
+    yield
+    for path in CACHE.iterdir() if CACHE.exists() else ():
+        path.unlink()
 
 
 def published(clinic, *words):
@@ -117,6 +128,48 @@ def test_the_runtime_comes_first(clinic):
     assert clinic.answers(port=9090)
     assert "p/web" not in lab.table()
     clinic.network.check(clinic.web.id, clinic.web.namespace.path, ports)
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("keys", [{"gatewayModeV4": "nat", "gatewayModeV6": "nat"},
+                                  {"gatewayModeV4": "nat", "outgoingSourceV6": "container", "allowDirectRouting": True,
+                                   "conditionsV4": ["ip saddr 192.0.2.0/24"]}], ids=["closed", "conditions"])
+def test_the_policy_of_its_network_stays(bin_dir, keys, is_cached):
+    """Who reaches the container's own address is not an operator's to change: CHECK sees it after each command."""
+    with Clinic(bin_dir, **keys) as there:
+        if is_cached:
+            remember(there.web)
+        for words in ("publish", "web", "9090:80"), ("publish", "web", "9091:80"), ("unpublish", "web", "9090:80"), \
+                ("unpublish", "web"):
+            done = there.command(*words)
+            assert done.returncode == 0, done.stderr
+            there.web.check()
+        assert {line["complete"] for line in json.loads(there.command("list", "--exposure", "--json").stdout)} == {True}
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("mode", ["routed", "isolated"])
+def test_a_policy_without_host_ports(bin_dir, mode, is_cached):
+    """Where the network's mode has no host ports, an operator publishes none, and the policy stays."""
+    keys = {"gatewayModeV4": mode, "gatewayModeV6": mode}
+    with Clinic(bin_dir, ports=[] if mode == "isolated" else None, **keys) as there:
+        if is_cached:
+            remember(there.web)
+        assert mode in refused(there, "publish", "web", "9090:80")
+        there.web.check()
+
+
+@pytest.mark.parametrize("changes", [{"cniArgs": 5}, {"cniArgs": [[[], 1], ["K8S_POD_NAME", 5]]},
+                                     {"config": "no base64"}, {"config": None}, {"netns": "/run/\0"}, {"netns": 7},
+                                     {"containerId": 7}, {"result": [], "cniArgs": None}, {"capabilityArgs": []}],
+                         ids=str)
+def test_a_damaged_cache(clinic, changes):
+    """A file that is not as libcni writes it is one sentence, and no other container's matter."""
+    other = clinic.container("other-1")
+    Cache(CACHE).remember(other, **changes)
+    done = clinic.command("publish", str(changes.get("containerId", "other")), "9090:80")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) <= 2 or not done.returncode, done.stderr
+    published(clinic, "web", "9091:80")
 
 
 def test_gc_and_a_dead_container(clinic):

@@ -7,11 +7,12 @@ from typing import Any
 
 from ..attachment import Attachment
 from ..cni import INVALID_CONFIG, INVALID_ENVIRONMENT, CniError, tell
-from ..libcni_cache import CACHE_DIRS, Skipped, documents, with_mappings
+from ..libcni_cache import CACHE_DIRS, Skipped, args_of, documents, with_mappings
 from ..linux import companion
 from ..linux.host import Host, inside, is_own_namespace, listeners
 from ..linux.kernel import Kernel
 from ..ruleset import PROTOCOL_NUMBERS, Owner
+from ..verbs.exposed import modes_of
 from ..verbs.publish import operators_ports, owners_of, publish
 from .checks.container import serves
 from .checks.scene import EVERY, Target, end
@@ -57,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
     """Publish them, beside those that were published so before; 2 if more than one container fits."""
-    found = find(options.container, options.cache or CACHE_DIRS, kernel)
+    found = find(options.container, options.cache or CACHE_DIRS, options.plugin, kernel)
     if len(found) > 1:
         return ambiguous(options, found)
     document, = found.values()
@@ -126,7 +127,7 @@ def ambiguous(options: argparse.Namespace, found: "dict[tuple[str, str], dict[st
 
 # --- which container -------------------------------------------------------------------------------------------
 
-def find(name: str, folders: Any, kernel: Kernel) -> dict[tuple[str, str], dict[str, Any]]:
+def find(name: str, folders: Any, plugin: str, kernel: Kernel) -> dict[tuple[str, str], dict[str, Any]]:
     """The attachments that fit a name, as documents of libcni's cache, by container ID and interface.
 
     By what libcni has cached; for a container that only our table knows, by its record. Raises CniError(4) for none.
@@ -138,7 +139,7 @@ def find(name: str, folders: Any, kernel: Kernel) -> dict[tuple[str, str], dict[
                        "ps")
     found = {}
     for document in documents(folders):
-        names = dict(pair for pair in document.get("cniArgs") or () if isinstance(pair, list) and len(pair) == 2)
+        names = args_of(document)
         pod = names.get("K8S_POD_NAME", "")
         its = str(document.get("containerId", ""))
         if its and (its.startswith(name) or (name in (pod, f"{names.get('K8S_POD_NAMESPACE', '')}/{pod}") and pod)):
@@ -146,7 +147,7 @@ def find(name: str, folders: Any, kernel: Kernel) -> dict[tuple[str, str], dict[
     for owner in owners_of(kernel, name):
         key = owner.container_id, owner.ifname
         if key not in found:
-            found[key] = _document(owner)
+            found[key] = _document(owner, plugin)
     if not found:
         raise CniError(INVALID_ENVIRONMENT, f"no container with a CNI network is called {name}",
                        "nothing was published: give the beginning of its ID (podman ps, nerdctl ps, crictl pods). One "
@@ -162,7 +163,7 @@ def find(name: str, folders: Any, kernel: Kernel) -> dict[tuple[str, str], dict[
     return first
 
 
-def _document(owner: Owner) -> dict[str, Any]:
+def _document(owner: Owner, plugin: str) -> dict[str, Any]:
     """What libcni would have cached of an owner: its addresses are read inside."""
     import base64
     try:
@@ -175,7 +176,8 @@ def _document(owner: Owner) -> dict[str, Any]:
            if each.link == owner.ifname and not each.is_link_local]
     host.close()
     link = owner.link.rpartition("#")[0]
-    conflist = json.dumps({"cniVersion": "1.0.0", "name": owner.network or "unknown", "plugins": []})
+    conflist = json.dumps({"cniVersion": "1.0.0", "name": owner.network or "unknown",
+                           "plugins": [{"type": plugin, **modes_of(owner)}]})
     interfaces = [{"name": owner.ifname, "sandbox": owner.netns}, *([{"name": link}] if link else [])]
     namespace, _, pod = owner.pod.rpartition("/")
     return {"kind": "cniCacheV1", "containerId": owner.container_id, "ifName": owner.ifname, "netns": owner.netns,
@@ -187,7 +189,7 @@ def _document(owner: Owner) -> dict[str, Any]:
 def _refuse_unreachable(document: dict[str, Any]) -> None:
     """Raise CniError(4) where this host cannot reach the container: say which network it has, and what helps."""
     path, ifname, name = str(document.get("netns") or ""), str(document.get("ifName")), str(document["containerId"])
-    if not path:
+    if not path or "\0" in path:
         return
     if is_own_namespace(path):
         raise CniError(INVALID_ENVIRONMENT, f"container {name} uses the host's network: its ports are the host's own "

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
         if not rest:
             unpublish(owner, kernel)
         elif len(rest) < len(there):
-            document, = find(owner.container_id, CACHE_DIRS, kernel).values()
+            document, = find(owner.container_id, CACHE_DIRS, options.plugin, kernel).values()
             publish(with_mappings(document, rest, options.plugin, kernel), kernel)
     missing = [each for each in options.ports if keys_of(each).isdisjoint(map(_key, removed))]
     if missing:

@@ -9,7 +9,7 @@ from ..cni import CHECK_FAILED, CniError
 from ..exposure import (ANCHORS, SETS, address_in, commands, comment_of, conditional_rules, created_for, exposure_in,
                         member_text, members_of, note_of, size_of)
 from ..linux.table import MANY_PORTS
-from ..ruleset import TABLE, chain_of, chain_of_conditions, created, own_chain
+from ..ruleset import BY_OPERATOR, TABLE, chain_of, chain_of_conditions, created, own_chain
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ def survey(attachment: Attachment, kernel: "Kernel") -> None:
 def fill(change: "Change", attachments: "Iterable[Attachment]", kernel: "Kernel") -> None:
     """Add to a change what goes from the sets with its chains, and what comes with these attachments.
 
-    The policy follows the address: whoever has elements for an address of an attachment loses them.
+    The policy follows the address: whoever has elements for an address of an attachment loses them. But not the
+    container of what an operator publishes: that says nothing of its policy.
     """
-    chains = [*change.chains]
+    chains = [chain for chain in change.chains if not chain.startswith(f"{BY_OPERATOR}/")]
     removed: dict[Member, str] = {}
     for chain in chains:
         removed |= dict.fromkeys(_owned(chain, kernel), comment_of(chain))
@@ -39,7 +40,8 @@ def fill(change: "Change", attachments: "Iterable[Attachment]", kernel: "Kernel"
             change.chains.append(chain_of_conditions(chain))
     addresses = {address for each in attachments for address in addresses_of(each)}
     if addresses and (chains or _anchors(addresses, kernel)):
-        removed |= members_at(addresses, kernel)
+        own = {comment_of(chain_of(each.container_id, each.ifname)) for each in attachments if each.by_operator}
+        removed |= {member: its for member, its in members_at(addresses, kernel).items() if its not in own}
     change.removed = removed
     taken = set()
     for each in attachments:

@@ -51,5 +51,10 @@ def exposed(kernel: Kernel) -> list[Exposed]:
     return sorted(lines, key=lambda line: (line.network, line.family, line.addresses))
 
 
+def modes_of(owner: ruleset.Owner) -> dict[str, str]:
+    """The keys gatewayModeV4 and gatewayModeV6 of an owner's network, as far as its record tells."""
+    return {f"gatewayModeV{each.family}": each.mode for each in exposure_in(owner.record) or ()}
+
+
 def _texts(ports: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     return tuple(f"{port}/{protocol}" for protocol, port in sorted(ports, key=lambda pair: (pair[1], pair[0])))

@@ -1,6 +1,4 @@
 """Is the port published, by whom, where: what comes before any packet."""
-import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +6,7 @@ from ... import ruleset
 from ...attachment import Attachment, Port
 from ...cni import CniError
 from ...firewall.claims import ANY, REFERENCE, Claim, claims, publisher
-from ...libcni_cache import CACHE_DIRS, Gone, Memory
+from ...libcni_cache import CACHE_DIRS, Gone, Memory, args_of, load
 from ...linux.host import RTN_LOCAL, Listener, inside, other_namespaces, process_of
 from ...linux.host import listeners as listeners_here
 from ...linux.kernel import Kernel
@@ -22,6 +20,7 @@ RESERVERS = ("conmon", "docker-proxy", "rootlesskit", "rootlessport", "nerdctl",
              "pasta", "podman")  # they hold a port that they publish, and answer nothing
 HOLDER = "conmon"  # accepts no connection, where others of these forward them
 LIST = "cni-portmap list"
+NAME = "K8S_POD_NAME"  # the name that a runtime has given a container; another one may have had it before
 ANSWERED = ("host-process", "published-by-other")  # explain others although the port may answer
 
 
@@ -86,8 +85,9 @@ def _container_stopped(scene: Scene, target: Target | None) -> Iterator[Finding]
         ports = {(_key(mapping, "hostport"), str(_key(mapping, "protocol") or "tcp").lower())
                  for mapping in mappings if isinstance(mapping, dict)}
         if (scene.port, scene.protocol) in ports:
-            name, number = _name_in(document), found.container_id[:12]
-            living = {_name_in(_document(its)) for its, each in _remembered(scene).found if not isinstance(each, Gone)}
+            name, number = args_of(document).get(NAME, ""), found.container_id[:12]
+            living = {args_of(_document(its)).get(NAME, "") for its, each in _remembered(scene).found
+                      if not isinstance(each, Gone)}
             yield CONTAINER_STOPPED.found(
                 f"container {f'{name} ({number})' if name else number}, which published {asked(scene)}, has ended",
                 [f"libcni's cache knows of it: {path}", f"it has ended: {found}"] +
@@ -97,19 +97,8 @@ def _container_stopped(scene: Scene, target: Target | None) -> Iterator[Finding]
                 "again, or another one, with this port")
 
 
-def _name_in(document: dict[str, Any]) -> str:
-    """The name that a runtime has given a container, "" where it is not told. Another one may have had it before."""
-    try:
-        return str(dict(document.get("cniArgs") or ()).get("K8S_POD_NAME", ""))
-    except (TypeError, ValueError):
-        return ""
-
-
 def _document(path: str) -> dict[str, Any]:
-    try:
-        document = json.loads(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError):
-        return {}
+    document = load(path)
     return document if isinstance(document, dict) else {}
 
 
