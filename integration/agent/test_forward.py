@@ -2,6 +2,7 @@
 import contextlib
 import os
 import resource
+import select
 import signal
 import socket
 import threading
@@ -13,6 +14,8 @@ from lab.agent import Agent
 from lab.forwarding import HOST4, HOST6, Site
 
 from cni_portmap.agent.poll import Poll
+
+PATIENCE = 30  # seconds, for what comes: on a busy host it comes late
 
 
 @pytest.fixture
@@ -48,10 +51,16 @@ def test_only_where_the_file_says_so(host, tmp_path):
 def test_never_past_a_condition(host, tmp_path, config):
     """Of a container with conditions or an exposure policy nothing is forwarded."""
     with Site(host, tmp_path, "8080:80", **config) as site, lab.Server("box", site.box, 80):
-        assert lab.until(lambda: "0.0.0.0:8080" in lab.run("ss", "-Hlnt"), 10)
+        assert lab.until(lambda: "0.0.0.0:8080" in lab.run("ss", "-Hlnt"))
         time.sleep(2.5)
         assert "[::]:8080" not in lab.run("ss", "-Hlnt"), site.agent.log
         assert lab.exchange(site.lan, HOST6, 8080) is None
+
+
+def link_local(device):
+    """The link-local addresses of an interface that can be used."""
+    words = lab.run("ip", "-6", "address", "show", "dev", device, "-tentative").split()
+    return [word for word in words if word.startswith("fe80")]
 
 
 def test_link_local_clients(host, tmp_path):
@@ -59,14 +68,16 @@ def test_link_local_clients(host, tmp_path):
     with Site(host, tmp_path, "8080:80", "8080:80/udp", subnets=("10.88.0.0/16", "fd88::/64")) as site:
         with site.lan:
             index = socket.if_nametoindex("eth0")
-        words = lab.run("ip", "-6", "address", "show", "dev", "to-lan").split()
-        address = next(word.partition("/")[0] for word in words if word.startswith("fe80"))
-        assert lab.until(lambda: "8080" in lab.nft("list", "table", "inet", "cni_portmap_agent", check=False), 15)
-        assert site.forwards(8080)
+            assert lab.until(lambda: link_local("eth0"))
+        assert lab.until(lambda: link_local("to-lan"))
+        address = link_local("to-lan")[0].partition("/")[0]
         for kind, name in ((socket.SOCK_STREAM, "tcp"), (socket.SOCK_DGRAM, "udp")):
+            # One does not come with the other: the socket for UDP is another one when the file has been read.
+            assert lab.until(lambda: f"{name} . 8080" in lab.nft(  # noqa: B023
+                "list", "table", "inet", "cni_portmap_agent", check=False)), site.agent.log
             with lab.Server("box", site.box, 80, name), site.lan:
                 client = socket.socket(socket.AF_INET6, kind)
-                client.settimeout(5)
+                client.settimeout(PATIENCE)
                 client.connect((address, 8080, 0, index))
                 with client:
                     if name == "udp":
@@ -87,22 +98,52 @@ def test_localhost_behind_br_netfilter(host, tmp_path):
     with Site(host, tmp_path, "8080:80", subnets=("10.88.0.0/16", "fd88::/64")) as site, \
             lab.Server("box", site.box, 80):
         assert site.forwards(8080)
-        assert lab.until(lambda: lab.exchange(lab.HOST, "::1", 8080, timeout=1), 20), site.agent.log
+        assert lab.until(lambda: lab.exchange(lab.HOST, "::1", 8080, timeout=1)), site.agent.log
         assert "redirect" in lab.nft("list", "chain", "inet", "cni_portmap_agent", "output")
         lab.br_netfilter(False)
-        assert lab.until(lambda: "redirect" not in lab.nft("list", "chain", "inet", "cni_portmap_agent", "output"), 15)
+        assert lab.until(lambda: "redirect" not in lab.nft("list", "chain", "inet", "cni_portmap_agent", "output"))
 
 
 def connection(site):
     with site.lan:
-        return socket.create_connection((HOST6, 8080), 5)
+        return socket.create_connection((HOST6, 8080), PATIENCE)
 
 
 def listener(site):
     with site.box:
         sock = socket.create_server(("", 80))
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE)
     return sock
+
+
+@contextlib.contextmanager
+def closed_at_the_end():
+    """A list, for sockets. However a test ends, they are in nobody else's way: libnftables has select(2)."""
+    found = []
+    try:
+        yield found
+    finally:
+        for each in found:
+            each.close()
+
+
+@contextlib.contextmanager
+def accepting(site):
+    """Accept the container's connections while the block lasts; where they are."""
+    with listener(site) as server, closed_at_the_end() as accepted:
+        server.settimeout(None)
+
+        def accept():
+            with contextlib.suppress(OSError):  # it is shut down
+                while True:
+                    accepted.append(server.accept()[0])
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            yield accepted
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def test_half_close_and_resets(site):
@@ -111,7 +152,7 @@ def test_half_close_and_resets(site):
     with listener(site) as server:
         for near_first in True, False:
             client, (inner, _) = connection(site), server.accept()
-            inner.settimeout(5)
+            inner.settimeout(PATIENCE)
             one, other = (client, inner) if near_first else (inner, client)
             one.sendall(b"x" * 300000)
             one.shutdown(socket.SHUT_WR)
@@ -127,7 +168,7 @@ def test_half_close_and_resets(site):
             one.close()
         for near in True, False:
             client, (inner, _) = connection(site), server.accept()
-            inner.settimeout(5)
+            inner.settimeout(PATIENCE)
             one, other = (client, inner) if near else (inner, client)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             one.close()
@@ -140,6 +181,22 @@ def descriptors(site):
     return len(os.listdir(f"/proc/{site.agent.process.pid}/fd"))
 
 
+def descriptors_at_rest(site):
+    """The agent's descriptors when it holds all that it forwards, and no child works for it."""
+    assert site.forwards(8080) and site.forwards(8081), site.agent.log
+    assert lab.until(lambda: not site.agent.children())
+    return descriptors(site)
+
+
+def fill(sock):
+    """Send as much as the kernel takes now; the number of bytes. The socket does not block."""
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += sock.send(bytes(1 << 16))
+    return sent
+
+
 def read_all(sock):
     while sock.recv(1 << 20):
         pass
@@ -147,20 +204,15 @@ def read_all(sock):
 
 def test_readers_that_stop(site):
     """They hold up nobody, cost no CPU, and all that they had is freed; DEL ends what is open."""
-    assert site.forwards(8080)
-    before = descriptors(site)
+    before = descriptors_at_rest(site)
     with listener(site) as server:
         slow = []
         for _ in range(50):
             client, (inner, _) = connection(site), server.accept()
             inner.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    inner.send(b"z" * 65536)
+            fill(inner)
             slow.append((client, inner))
-        cpu = site.agent.cpu()
-        time.sleep(1)
-        assert site.agent.cpu() - cpu < 0.2
+        assert site.agent.comes_to_rest()
         client, (inner, _) = connection(site), server.accept()
         inner.sendall(b"quick")
         assert client.recv(5) == b"quick"
@@ -172,7 +224,6 @@ def test_readers_that_stop(site):
         site.network.delete(site.box.id, site.box.namespace.path, site.box.ports)
         assert lab.until(lambda: descriptors(site) <= before + 10), (before, descriptors(site))
         for client, _ in slow[25:]:
-            client.settimeout(3)
             with pytest.raises(ConnectionResetError):
                 read_all(client)
             client.close()
@@ -182,26 +233,13 @@ def raise_own_limit():
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 
-def take_all(server):
-    """Accept connections for ever; where they are."""
-    accepted = []
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                accepted.append(server.accept()[0])
-    threading.Thread(target=accept, daemon=True).start()
-    return accepted
-
-
 def test_many_connections(site):
     """A thousand cost two descriptors each, and none afterwards."""
     raise_own_limit()
-    assert site.forwards(8080)
-    before = descriptors(site)
-    with listener(site) as server:
-        accepted = take_all(server)
-        clients = [connection(site) for _ in range(1000)]
+    before = descriptors_at_rest(site)
+    with accepting(site) as accepted, closed_at_the_end() as clients:
+        for _ in range(1000):
+            clients.append(connection(site))
         assert lab.until(lambda: len(accepted) == 1000)
         assert lab.until(lambda: descriptors(site) == before + 2 * 1000), (before, descriptors(site))
         for each in (*clients, *accepted):
@@ -217,45 +255,38 @@ def test_many_connections(site):
 def test_a_thousand_slow_readers(site):
     """What waits for them is bounded, next to nothing of it in the agent; others are served; all is freed."""
     raise_own_limit()
-    assert site.forwards(8080)
-    before, rss = descriptors(site), site.agent.rss()
-    with listener(site) as server:
-        accepted = take_all(server)
-        clients = []
+    before, rss = descriptors_at_rest(site), site.agent.rss()
+    with accepting(site) as accepted, closed_at_the_end() as clients:
         for _ in range(1000):
-            with site.lan, socket.socket(socket.AF_INET6) as small:
-                small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                small.settimeout(5)
-                small.connect((HOST6, 8080))
-                clients.append(small.dup())
+            with site.lan:
+                clients.append(socket.socket(socket.AF_INET6))
+            clients[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            clients[-1].settimeout(PATIENCE)
+            clients[-1].connect((HOST6, 8080))
         assert lab.until(lambda: len(accepted) == 1000)
-        held = 0
         for each in accepted:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             each.setblocking(False)
-        for _ in range(3):
+
+        def all_wait():
             for each in accepted:
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        held += each.send(bytes(1 << 16))
-        assert lab.until(lambda: descriptors(site) >= before + 4 * 1000), descriptors(site)  # each has a pipe
+                fill(each)
+            return descriptors(site) >= before + 4 * 1000  # each has a pipe
+        assert lab.until(all_wait), descriptors(site)
         assert site.agent.rss() - rss < 32 << 20
-        cpu = site.agent.cpu()
-        time.sleep(1)
-        assert site.agent.cpu() - cpu < 0.2
-        client = connection(site)
+        assert site.agent.comes_to_rest()
+        clients.append(connection(site))
         assert lab.until(lambda: len(accepted) == 1001)
         accepted[-1].sendall(b"quick")
-        assert client.recv(5) == b"quick"
-        for each in (client, *clients, *accepted):
+        assert clients[-1].recv(5) == b"quick"
+        for each in (*clients, *accepted):
             each.close()
-        assert lab.until(lambda: descriptors(site) <= before + 2 * 4, 20), (before, descriptors(site))
+        assert lab.until(lambda: descriptors(site) <= before + 2 * 4), (before, descriptors(site))
 
 
 def test_a_container_that_does_not_answer(site):
     """Clients that wait for it hold up nobody; those that leave are forgotten at once, others after a while."""
-    assert site.forwards(8080)
-    before = descriptors(site)
+    before = descriptors_at_rest(site)
     with site.box:
         lab.nft_script("add table inet silent; add chain inet silent in { type filter hook input priority 0; }; "
                        "add rule inet silent in tcp dport 80 drop")
@@ -264,10 +295,10 @@ def test_a_container_that_does_not_answer(site):
     for each in clients[:100]:
         each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         each.close()
-    assert lab.until(lambda: descriptors(site) == before + 2 * 100, 3), (before, descriptors(site))
+    assert lab.until(lambda: descriptors(site) == before + 2 * 100), (before, descriptors(site))  # while others wait
     with lab.Server("box", site.box, 81, "udp"):
         assert lab.exchange(site.lan, HOST6, 8081, "udp").server == "box"
-    assert lab.until(lambda: descriptors(site) <= before + 1, 30), (before, descriptors(site))
+    assert lab.until(lambda: descriptors(site) <= before + 1, 60), (before, descriptors(site))
     for each in clients[100:]:
         with pytest.raises(ConnectionResetError):
             each.recv(1)
@@ -277,8 +308,7 @@ def test_a_container_that_does_not_answer(site):
 def test_half_open_connections(site):
     """A flood of clients that never answer costs no descriptor, and the next client is served."""
     raise_own_limit()
-    assert site.forwards(8080)
-    before = descriptors(site)
+    before = descriptors_at_rest(site)
     with contextlib.ExitStack() as stack, lab.Server("box", site.box, 80):
         with site.lan:
             lab.run("ip", "-6", "address", "add", "fd09::3/64", "dev", "eth0")
@@ -289,7 +319,7 @@ def test_half_open_connections(site):
                 sock.bind(("fd09::2", 0))
                 sock.connect_ex((HOST6, 8080))
         assert len(lab.run("ss", "-Htn6", "state", "syn-recv").splitlines()) > 500
-        with site.lan, socket.create_connection((HOST6, 8080), 5, ("fd09::3", 0)) as client:
+        with site.lan, socket.create_connection((HOST6, 8080), PATIENCE, ("fd09::3", 0)) as client:
             assert b'"box"' in client.recv(2048), site.agent.log
         assert descriptors(site) <= before + 4
 
@@ -328,7 +358,6 @@ def test_more_clients_than_descriptors(site):
         time.sleep(2)  # an audit
         assert "Too many open files" not in site.agent.log and descriptors(site) < 128
         if not is_reset:
-            clients[-1].settimeout(3)
             with pytest.raises(ConnectionResetError):
                 clients[-1].recv(1)
         for each in clients:
@@ -337,8 +366,7 @@ def test_more_clients_than_descriptors(site):
 
 def test_forged_datagrams(site):
     """A flood from forged sources has at most so many sessions, and the next client is served."""
-    assert site.forwards(8081)
-    before = descriptors(site)
+    before = descriptors_at_rest(site)
     with lab.Server("box", site.box, 81, "udp"):
         with site.lan:
             lab.run("ip", "-6", "address", "add", "fd09::ffff/64", "dev", "eth0")
@@ -367,14 +395,14 @@ def test_urgent_data(site):
             for inline, expected in (0, bytes(10) + b"x" * (1 << 20)), (1, bytes(10) + b"U" + b"x" * (1 << 20)):
                 client, (inner, _) = connection(site), server.accept()
                 one, other = (client, inner) if near else (inner, client)
-                one.settimeout(5)
-                other.settimeout(5)
+                inner.settimeout(PATIENCE)
                 other.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, inline)
+                urgent = select.poll()
+                urgent.register(other, select.POLLPRI)
                 one.sendall(bytes(10))
                 one.send(b"U", socket.MSG_OOB)
-                cpu = site.agent.cpu()
-                time.sleep(0.5)
-                assert site.agent.cpu() - cpu < 0.1
+                assert urgent.poll(1000 * PATIENCE)
+                assert site.agent.comes_to_rest()
                 if not inline:
                     assert other.recv(1, socket.MSG_OOB) == b"U"
                 sender = threading.Thread(target=lambda one=one: (one.sendall(b"x" * (1 << 20)),
@@ -391,9 +419,10 @@ def test_urgent_data(site):
 
 def test_an_early_answer(site):
     """A server that answers and closes while the client still sends: the answer arrives, and then the reset."""
-    assert site.forwards(8080)
-    before = descriptors(site)
+    before = descriptors_at_rest(site)
     with listener(site) as server:
+        server.settimeout(None)
+
         def serve():
             with contextlib.suppress(OSError):
                 while True:
@@ -413,6 +442,7 @@ def test_an_early_answer(site):
             client.close()
             assert len(answer) == 1000
         assert lab.until(lambda: descriptors(site) <= before + 2 * 4), (before, descriptors(site))
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def test_readers_that_stop_leave_descriptors(host, tmp_path):
@@ -420,9 +450,7 @@ def test_readers_that_stop_leave_descriptors(host, tmp_path):
     with Site(host, tmp_path, "8080:80", "8082:82") as site:
         assert site.forwards(8080) and site.forwards(8082)
         resource.prlimit(site.agent.process.pid, resource.RLIMIT_NOFILE, (256, 256))
-        with listener(site) as server, lab.Server("box", site.box, 82):
-            accepted = take_all(server)
-            clients = []
+        with accepting(site) as accepted, lab.Server("box", site.box, 82), closed_at_the_end() as clients:
             for _ in range(60):
                 clients.append(connection(site))
                 assert lab.until(lambda: len(accepted) == len(clients))
@@ -430,14 +458,10 @@ def test_readers_that_stop_leave_descriptors(host, tmp_path):
             for _ in range(3):
                 for index, each in enumerate(accepted):
                     each.setblocking(False)
-                    with contextlib.suppress(BlockingIOError):
-                        while True:
-                            sent[index] += each.send(bytes(1 << 16))
+                    sent[index] += fill(each)
                 time.sleep(0.1)
+            assert site.agent.comes_to_rest()
             assert descriptors(site) < 256 - 64, descriptors(site)
-            cpu = site.agent.cpu()
-            time.sleep(1)
-            assert site.agent.cpu() - cpu < 0.2
             assert lab.exchange(site.lan, HOST6, 8082).server == "box", site.agent.log
             chains = lab.chains()
             lab.nft_script("flush ruleset")
@@ -449,8 +473,6 @@ def test_readers_that_stop_leave_descriptors(host, tmp_path):
                 while data := client.recv(1 << 20):
                     received += len(data)
                 assert received == size
-            for each in (*clients, *accepted):
-                each.close()
 
 
 def test_keepalive(site):
@@ -464,8 +486,7 @@ def test_keepalive(site):
 
 def test_clients_that_leave_with_the_answer(site):
     """A client's reset and the container's answer, both in one turn: nothing is reported, and the next is served."""
-    assert site.forwards(8080)
-    before = descriptors(site)
+    before = descriptors_at_rest(site)
     with listener(site) as server:
         with site.box:
             lab.nft_script("add table inet silent; add chain inet silent in { type filter hook input priority 0; }; "
@@ -474,11 +495,12 @@ def test_clients_that_leave_with_the_answer(site):
         assert lab.until(lambda: descriptors(site) == before + 2 * 60), (before, descriptors(site))
         with site.box:
             lab.nft_script("delete table inet silent")
-        site.agent.send(signal.SIGSTOP)
+        site.agent.pause()
         for each in clients:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             each.close()
-        time.sleep(1.5)  # SYN is sent again after a second
+        answered = "ss", "-Htn", "state", "established", "dst", site.box.ipv4  # SYN is sent again, each time later
+        assert lab.until(lambda: lab.run(*answered).count("\n") == 60), lab.run(*answered)
         site.agent.send(signal.SIGCONT)
         assert lab.until(lambda: descriptors(site) <= before), (before, descriptors(site))
         assert "please report it" not in site.agent.log

@@ -45,7 +45,7 @@ def run(test: str, *mutant: str) -> "subprocess.CompletedProcess[str]":
     """Run a test of the agent, with a mistake in it."""
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", f"{TESTS}::test_{test}"]
     return subprocess.run(words, env={**os.environ, "CNI_PORTMAP_MUTANT": json.dumps(mutant)}, text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
 
 
 @pytest.fixture(scope="module")

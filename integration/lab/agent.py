@@ -6,8 +6,12 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 
 from .processes import until
+
+from cni_portmap.linux import companion
 
 
 class Agent:
@@ -33,7 +37,11 @@ class Agent:
                                             env={**os.environ, "NOTIFY_SOCKET": self.notify})
         self.told = ""
         if ready:
-            self.wait_for("READY=1")
+            try:
+                self.wait_for("READY=1")
+            except BaseException:
+                self.process.kill()  # it would work on, beside later tests
+                raise
 
     def wait_for(self, line: str, seconds: float = 60) -> None:
         """Wait until it tells systemd so."""
@@ -57,10 +65,51 @@ class Agent:
         """Send it a signal."""
         self.process.send_signal(number)
 
+    def catch_up(self) -> None:
+        """Return when it has heard all that was done until now, and has healed what it heals at once.
+
+        It answers whoever asks in the turn after the one in which it hears; both may come in the same one.
+        """
+        for _ in range(2):
+            assert until(lambda: companion.ask("status")), self.log
+
+    def pause(self) -> None:
+        """Stop it, and return when it stands still, so that it has not got the lock in the meantime."""
+        self.send(signal.SIGSTOP)
+        tasks = pathlib.Path(f"/proc/{self.process.pid}/task")
+        assert until(lambda: all(_fields_of(task)[0] == "T" for task in tasks.iterdir()))
+
+    @contextlib.contextmanager
+    def held_at(self, path: pathlib.Path) -> Iterator[None]:
+        """Whichever of its children opens a file waits there, while the block lasts."""
+        words = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", path, "-e", "trace=open,openat",
+                 "-e", "inject=open,openat:delay_enter=600000000", "-p", self.process.pid]  # microseconds
+        tasks = pathlib.Path(f"/proc/{self.process.pid}/task")
+        with subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE) as strace:
+            try:
+                assert until(lambda: all("TracerPid:\t0\n" not in (task / "status").read_text()
+                                         for task in tasks.iterdir()))
+                yield
+            finally:
+                strace.terminate()
+
+    def handles(self, number: int) -> bool:
+        """Whether it has a handler for a signal by now, and so is not just ended by it."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return bool(int(status.partition("SigCgt:\t")[2].split()[0], 16) >> number - 1 & 1)
+
     def cpu(self) -> float:
         """The seconds of CPU time that it, and its children that ended, have used."""
-        fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _fields_of(pathlib.Path(f"/proc/{self.process.pid}"))
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+    def comes_to_rest(self) -> bool:
+        """Whether there comes a second in which it uses next to no CPU time: who waits in a loop has none."""
+        def rests() -> bool:
+            before = self.cpu()
+            time.sleep(1)
+            return self.cpu() - before < 0.1
+        return until(rests)
 
     def rss(self) -> int:
         """Its resident memory, in bytes."""
@@ -93,3 +142,6 @@ class Agent:
             self._folder.cleanup()
 
 
+def _fields_of(process: pathlib.Path) -> list[str]:
+    """The fields of proc(5)'s stat, from the state on."""
+    return (process / "stat").read_text().rpartition(")")[2].split()

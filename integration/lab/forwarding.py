@@ -27,7 +27,7 @@ class Site:
         self.box = Container(self.network, "box", [mapping(port) for port in ports])
         Cache(folder).remember(self.box)
 
-    def forwards(self, port: int, seconds: float = 12) -> bool:
+    def forwards(self, port: int, seconds: float = 30) -> bool:
         """Whether the agent holds a socket for IPv6 there, in time."""
         return bool(until(lambda: f"[::]:{port}" in run("ss", "-Hlntu"), seconds))
 
