@@ -165,6 +165,16 @@ def test_what_a_file_forbids(tmp_path, config):
     assert permits(tmp_path, **config) == []
 
 
+def test_a_file_that_is_being_written(tmp_path):
+    """It permits nothing yet, and is not the last word."""
+    permits(tmp_path)
+    path = tmp_path / "file"
+    text = path.read_text()
+    for part in text[:-1], "":
+        path.write_text(part)
+        assert permits_in([("c/web/eth0", str(path))]) == {"c/web/eth0": None}
+
+
 @pytest.mark.parametrize("second, permitted", [
     ({}, True), ({"conditionsV4": ["-s", "192.0.2.0/24"]}, False), ({"ConditionsV6": ["-s", "2001:db8::/32"]}, False),
     ({"gatewayModeV4": "nat"}, False)])

@@ -223,9 +223,10 @@ class Agent:
                 found = {}
             for name, permits in found.items():
                 if name in self._memory.chains and self._ask.get(name, []) == later[name]:  # else it came again
-                    self._ask.pop(name, None)
+                    if permits is not None:
+                        self._ask.pop(name, None)
                     self._permit(name, [((family, protocol, host_ip, port), Permit(*its))
-                                        for (family, protocol, host_ip, port), its in permits])
+                                        for (family, protocol, host_ip, port), its in permits or ()])
             if found:
                 self._write_table()
             await asyncio.sleep(ASK_SECONDS)

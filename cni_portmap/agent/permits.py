@@ -25,12 +25,19 @@ class Permit(NamedTuple):
     cross: bool
 
 
-def permits_in(files: Iterable[tuple[str, str]]) -> dict[str, list[tuple[Claim, Permit]]]:
-    """The permits of attachments: chain and path of each, see `Witness`. Files that say nothing give none."""
-    found = {}
+def permits_in(files: Iterable[tuple[str, str]]) -> dict[str, list[tuple[Claim, Permit]] | None]:
+    """The permits of attachments: chain and path of each, see `Witness`. Files that say nothing give none.
+
+    None for one that is no document: libcni writes a file in its place, and the rest of it may be still to come.
+    """
+    found: dict[str, list[tuple[Claim, Permit]] | None] = {}
     for chain, path in files:
+        document = load(path)
+        if isinstance(document, Skipped):
+            found[chain] = None
+            continue
         try:
-            found[chain] = [*_permits(load(path))]
+            found[chain] = [*_permits(document)]
         except (Skipped, CniError, LookupError, TypeError, ValueError, AttributeError):
             found[chain] = []
     return found

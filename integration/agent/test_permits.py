@@ -65,6 +65,17 @@ def test_one_without_a_file_holds_up_nobody(site, tmp_path):
         assert not site.forwards(8100, 0)
 
 
+def test_a_file_that_is_being_written(site, tmp_path):
+    """The agent, which looks at it in the fourth second after ADD, looks again."""
+    with another(site, tmp_path, 8090):
+        path, = tmp_path.glob("labnet-box8090-*")
+        text = path.read_text()
+        path.write_text(text[:-1])
+        time.sleep(5)
+        path.write_text(text)
+        assert site.forwards(8090), site.agent.log
+
+
 def test_connections_outlive_a_reload(site):
     """What the files permit is the same as before, so nothing ends."""
     assert site.forwards(8080)
