@@ -1,5 +1,8 @@
 """The command, against a kernel that answers from memory: what it prints, and how it ends."""
 import json
+import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -7,6 +10,7 @@ from helpers import ROOT, attachment, elements, verdicts
 
 from cni_portmap import ruleset
 from cni_portmap.cli import main as cli
+from cni_portmap.cli.checks.probe import probes
 from cni_portmap.cni import CniError
 from cni_portmap.config import KEYS
 from cni_portmap.verbs.published import published, ranges
@@ -80,6 +84,67 @@ def test_an_error_is_json_too(host, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out) == {"code": 5, "msg": "cannot read nf_tables", "details": "run it as root"}
     assert err == "cni-portmap: cannot read nf_tables\n  run it as root\n"
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(1, "Operation not permitted"), "the system: Operation not permitted\n  run it as root, "),
+    (OSError(2, "No such file or directory", "/proc/modules"), "/proc/modules: No such file or directory\n"),
+    (OSError("bad address"), "the system: bad address\n"), (MemoryError(), "there is not enough memory\n")], ids=str)
+def test_what_the_system_refuses_is_said(host, capsys, error, words):
+    """One sentence, wherever it comes from, and no traceback."""
+    def fail():
+        raise error
+    host.rules = fail
+    assert cli.main(["list", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"cni-portmap: {words}") and json.loads(out)["code"] == 5
+
+
+@pytest.mark.parametrize("command", [["version"], ["list", "--json"], ["completion", "bash"]])
+def test_a_full_disk(command):
+    """Standard output that takes nothing is one sentence, once."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "cni_portmap", *command], stdout=full, stderr=subprocess.PIPE,
+                              text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("cni-portmap: ") and "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr and len(done.stderr.splitlines()) < 3
+
+
+@pytest.mark.parametrize("arguments", [["list", "--watch", "nan"], ["list", "--watch", "inf"], ["list", "--watch", "0"],
+                                       ["trace", "80", "--seconds", "nan"], ["agent", "--gc-seconds", "-1"],
+                                       ["list", "--watch", "--all"], ["list", "--exposure", "--watch"],
+                                       ["list", "--exposure", "--all"], ["agent", "--buffer", "\u00b2"],
+                                       ["agent", "--metrics", "localhost:\u00b2"]], ids=" ".join)
+def test_options_that_cannot_be(host, capsys, arguments):
+    """Wrong usage says what is expected; what cannot go together is refused, and not left out in silence."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert re.search("expected|not allowed with", capsys.readouterr().err)
+
+
+def test_a_probe_that_cannot_be_sent(host, capsys, monkeypatch):
+    """Without the capability, or with lo down, doctor goes on, and says so."""
+    def probe(*_):
+        raise OSError(101, "Network is unreachable")
+    monkeypatch.setattr("cni_portmap.cli.checks.probe.probe", probe)
+    target = types.SimpleNamespace(protocol="tcp", port=80)
+    packet = types.SimpleNamespace(source=b"\x7f\0\0\1", destination=b"\x7f\0\0\1")
+    trip = types.SimpleNamespace(path="localhost", packet=packet)
+    scene = types.SimpleNamespace(targets=[target], trips=lambda _: [trip])
+    assert [*probes(scene)] == ["probe of 127.0.0.1:80/tcp from this host: not possible: Network is unreachable"]
+
+
+@pytest.mark.parametrize("content, words", [(None, "cannot read {}: No such file or directory"),
+                                            (b"\xff{}", "{} is not UTF-8: invalid start byte at byte 0")])
+def test_validate_of_a_file_that_cannot_be_read(host, capsys, tmp_path, content, words):
+    """It is said, with --json as a document too."""
+    path = tmp_path / "x.conflist"
+    if content is not None:
+        path.write_bytes(content)
+    assert cli.main(["validate", "--json", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["msg"] == words.format(path) and words.format(path) in err
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' + "9" * 5000 + "}", "{", "[]", '{"plugins":{}}',

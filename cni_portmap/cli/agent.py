@@ -6,7 +6,7 @@ from ..cni import IO_FAILURE, CniError
 from ..libcni_cache import CACHE_DIRS
 from ..linux import companion
 from ..linux.kernel import Kernel
-from .shared_options import add_cache
+from .shared_options import add_cache, seconds
 
 HELP = "restore at once what others delete, remove rules of dead containers, and tell of it"
 
@@ -19,8 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "without IPv6, [::1] behind br_netfilter, link-local clients; implies --reserve")
     parser.add_argument("--metrics", metavar="ADDRESS", type=_address, help="answer GET /metrics there: "
                         "unix:PATH, closed to other users, or HOST:PORT")
-    parser.add_argument("--gc-seconds", metavar="SECONDS", type=_seconds, default=0, help="remove rules of dead "
-                        "containers as often (default: 0, never)")
+    parser.add_argument("--gc-seconds", metavar="SECONDS", type=seconds(0, 86400), default=0, help="remove rules "
+                        "of dead containers as often (default: 0, never)")
     add_cache(parser)
     parser.add_argument("--buffer", metavar="BYTES", type=_bytes, default=0, help="netlink receive buffer "
                         "(default: 64 MiB, which 20,000 containers need)")
@@ -30,23 +30,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _address(text: str) -> str:
     host, _, port = text.rpartition(":")
-    if text.startswith("unix:/") or (host and host != "unix" and port.isdigit() and 0 < int(port) < 65536):
+    if text.startswith("unix:/") or (host and host != "unix" and port.isdecimal() and 0 < int(port) < 65536):
         return text
     raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected unix:PATH (absolute) or HOST:PORT")
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number of seconds, 0 or more")
-    return value
-
-
 def _bytes(text: str) -> int:
-    if not text.isdigit() or not 4096 <= int(text) < 1 << 30:
+    if not text.isdecimal() or not 4096 <= int(text) < 1 << 30:
         raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number of bytes, 4096 to 1073741823")
     return int(text)
 

@@ -8,6 +8,7 @@ from ..linux import companion
 from ..linux.kernel import Kernel
 from ..verbs.exposed import Exposed, exposed
 from ..verbs.published import Published, published, ranges
+from .shared_options import seconds
 
 HELP = "show which host port is forwarded to which container"
 RED, PLAIN = "\033[31m", "\033[0m"
@@ -18,11 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="only this host port")
     parser.add_argument("--container", metavar="ID", help="only containers whose ID begins with this")
     parser.add_argument("--network", metavar="NAME", help="only this network")
-    parser.add_argument("--exposure", action="store_true", help="show instead who reaches which container past its "
-                        "published ports; --port is then a container port")
-    parser.add_argument("--watch", metavar="SECONDS", nargs="?", type=float, const=1.0, help="show new connections per "
-                        "second, again and again (default: each second)")
-    parser.add_argument("--all", action="store_true", help="also ports that others publish (Docker, netavark, CRI-O, "
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--exposure", action="store_true", help="show instead who reaches which container past its "
+                      "published ports; --port is then a container port")
+    what.add_argument("--watch", metavar="SECONDS", nargs="?", type=seconds(0.1, 86400), const=1.0,
+                      help="show new connections per second, again and again (default: each second)")
+    what.add_argument("--all", action="store_true", help="also ports that others publish (Docker, netavark, CRI-O, "
                         "kube-proxy, the reference plugin), and whether two publish one port")
 
 
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
 def _run_own(options: argparse.Namespace, kernel: Kernel) -> int:
     if options.watch is not None:
         from .watch import watch
-        watch(kernel, lambda line: _is_wanted(line, options), max(options.watch, 0.1), options.json, _show_rates)
+        watch(kernel, lambda line: _is_wanted(line, options), options.watch, options.json, _show_rates)
     lines = [line for line in published(kernel) if _is_wanted(line, options)]
     if options.json:
         print(json.dumps([{**line._asdict(), "reach": line.reach} for line in lines], indent=2))

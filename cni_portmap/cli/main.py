@@ -2,11 +2,13 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from ..cni import CniError, name_process, tell
+from ..cni import IO_FAILURE, CniError, name_process, tell
+from ..linux import system_error
 from ..linux.kernel import Kernel
 
 COMMANDS = ("list", "doctor", "trace", "publish", "unpublish", "restore", "gc", "agent", "adopt", "release", "teardown",
@@ -21,17 +23,31 @@ def main(arguments: list[str] | None = None) -> int:
     kernel = Kernel()
     try:
         status: int = options.run(options, kernel)
+        sys.stdout.flush()
     except CniError as error:
-        if options.json:
-            print(json.dumps({"code": error.code, "msg": error.msg, "details": error.details}))
-        print(f"cni-portmap: {error.msg}\n  {error.details}".rstrip(), file=sys.stderr)
-        status = 1
+        status = _failed(error, options.json)
     except BrokenPipeError:  # `cni-portmap list | head`
         sys.stderr.close()
         status = 1
+    except OSError as error:
+        status = _failed(system_error(error.filename or "the system", error), options.json)
+    except MemoryError:
+        status = _failed(CniError(IO_FAILURE, "there is not enough memory"), options.json)
     tell()
     kernel.leave()
     return status
+
+
+def _failed(error: CniError, as_json: bool) -> int:
+    """Tell of an error; the exit status."""
+    print(f"cni-portmap: {error.msg}\n  {error.details}".rstrip(), file=sys.stderr)
+    try:
+        if as_json:
+            print(json.dumps({"code": error.code, "msg": error.msg, "details": error.details}))
+        sys.stdout.flush()
+    except OSError:  # it is full, or closed: the interpreter's end shall not complain of it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def parser(names: Sequence[str] = ()) -> argparse.ArgumentParser:

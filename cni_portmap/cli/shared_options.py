@@ -1,5 +1,6 @@
 """Options that several commands have."""
 import argparse
+from collections.abc import Callable
 
 from ..libcni_cache import CACHE_DIRS
 
@@ -19,3 +20,16 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """Look, and change nothing."""
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, and make no changes")
+
+
+def seconds(least: float, most: float) -> Callable[[str], float]:
+    """The type of a number of seconds in these bounds."""
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds from {least:g} to {most:g}")
+        return value
+    return read

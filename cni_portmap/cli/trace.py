@@ -13,6 +13,7 @@ from ..linux.tracing import BEGIN, END, Event, Tracing
 from .checks.rules import rule_of, whose
 from .checks.scene import Scene, Target, end, packed, shown
 from .doctor import address, port
+from .shared_options import seconds
 
 HELP = "tell what happens to the packets of a port, as they pass: where they go, and who drops them"
 SYN, RST, ACK = 0x02, 0x04, 0x10
@@ -23,18 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("port", metavar="PORT[/PROTOCOL]", type=port, help="the host port")
     parser.add_argument("--from", dest="client", metavar="ADDRESS", type=address, help="only packets of this client")
-    parser.add_argument("--seconds", metavar="N", type=_seconds, default=30,
+    parser.add_argument("--seconds", metavar="N", type=seconds(0.1, 3600), default=30,
                         help="wait so long for a packet, at most (default: 30)")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds, up to 3600")
-    return seconds
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:

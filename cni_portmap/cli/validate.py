@@ -3,12 +3,12 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ..cni import VERSIONS
+from ..cni import UNDECODABLE, VERSIONS, CniError
 from ..explain import violations
+from ..linux import system_error
 from ..linux.kernel import Kernel
 from .shared_options import add_plugin
 
@@ -24,10 +24,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, kernel: Kernel) -> int:
     """Print each finding with its line and column; 1 if there is one."""
     try:
-        text = options.file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        print(f"cni-portmap: cannot read {options.file}: {error}", file=sys.stderr)
-        return 1
+        text = options.file.read_text("utf-8")
+    except OSError as error:
+        raise system_error(f"cannot read {options.file}", error) from None
+    except UnicodeDecodeError as error:
+        raise CniError(UNDECODABLE, f"{options.file} is not UTF-8: {error.reason} at byte {error.start}") from None
     findings = [{"line": text.count("\n", 0, at) + 1, "column": at - text.rfind("\n", 0, at), "path": path,
                  "expected": expected} for at, path, expected in _findings(text, options.plugin)]
     if options.json:

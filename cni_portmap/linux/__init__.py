@@ -27,7 +27,8 @@ HINTS = {
 
 def system_error(what: str, error: OSError) -> CniError:
     """The CniError for a system call that failed."""
-    return CniError(IO_FAILURE, f"{what}: {posix.strerror(error.errno or 0)}", HINTS.get(error.errno or 0, ""))
+    why = posix.strerror(error.errno) if error.errno else str(error)
+    return CniError(IO_FAILURE, f"{what}: {why}", HINTS.get(error.errno or 0, ""))
 
 
 def read(path: str, size: int = 1) -> bytes:

@@ -15,6 +15,8 @@ def probes(scene: Scene) -> Iterator[str]:
         for trip in scene.trips(target):
             source, destination = trip.packet.source, trip.packet.destination
             if trip.path in (HOST, LOCALHOST) and target.protocol == "tcp" and source and destination:
-                found = probe(source, destination, target.port)
-                yield f"probe of {end(shown(destination), target.port)}/tcp from this host: " \
-                    f"{WORDS.get(found, 'nothing came back within a second')}"
+                try:
+                    found = WORDS.get(probe(source, destination, target.port), "nothing came back within a second")
+                except OSError as error:  # no capability NET_RAW, or no way
+                    found = f"not possible: {error.strerror}"
+                yield f"probe of {end(shown(destination), target.port)}/tcp from this host: {found}"
