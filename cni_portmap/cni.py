@@ -150,10 +150,17 @@ def members(text: str) -> dict[str, tuple[object, str]]:
             raise
         __import__("json.decoder")  # has the words in which Python 3.11's scanner tells of an error, once it is loaded
         return members(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CniError(UNDECODABLE, f"cannot decode the network configuration: {error}",
                        "expected one JSON object on standard input") from None
+    except RecursionError:
+        raise _too_deep() from None
     return found
+
+
+def _too_deep() -> CniError:
+    return CniError(UNDECODABLE, "cannot decode the network configuration: it is nested too deeply",
+                    "expected no more than some hundred lists and objects in one another")
 
 
 def decode(text: str) -> object:
@@ -307,6 +314,8 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
         return 0, handlers[verb](request) or ""
     except CniError as error:
         return 1, _error_document(error)
+    except RecursionError:  # what the scanner has just taken may be too deep for those who go on with it
+        return 1, _error_document(_too_deep())
     except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
         return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))

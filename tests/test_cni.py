@@ -208,6 +208,18 @@ def test_odd_values(verb, key):
         assert_refused_or_done(*respond(verb, stdin.encode(), RecordingKernel()))
 
 
+@pytest.mark.parametrize("key", ["snat", "prevResult"])
+def test_depth(key):
+    """What is nested just less deeply than the scanner takes is too deep for who converts or explains it: code 6."""
+    codes = set()
+    for depth in (*range(500, 1000), 100_000):  # a later Python has another limit
+        value = "[" * depth + "]" * depth
+        value = f'{{"cniVersion":"0.4.0","ips":[],"x":{value}}}' if key == "prevResult" else value
+        status, document = respond("ADD", f'{{"cniVersion":"1.0.0","name":"lab","{key}":{value}}}'.encode())
+        codes.add(document["code"] if status else 0)
+    assert codes == {7 if key == "snat" else 0, 6}
+
+
 @hypothesis.given(st.binary(max_size=40) | st.text(alphabet='{}[]":,\\u0aeE-+. \n', max_size=40).map(str.encode),
                   st.sampled_from([*OLDEST, "VERSION"]))
 def test_any_bytes(stdin, verb):
