@@ -1,16 +1,20 @@
 """The agent's memory and its judgements, without a kernel."""
 import asyncio
 import base64
+import errno
 import json
+import os
+import signal
 import socket
 import types
 
 import pytest
 
-from cni_portmap.agent import heal, metrics, notify
+from cni_portmap.agent import children, heal, main, metrics, notify
 from cni_portmap.agent.forward import is_admitted
 from cni_portmap.agent.memory import NFT_MSG_DELCHAIN, NFT_MSG_DELRULE, NFT_MSG_DELTABLE, Memory
 from cni_portmap.agent.permits import Permit, permits_in
+from cni_portmap.cni import CniError
 from cni_portmap.linux.events import NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWTABLE
 from cni_portmap.linux.netlink import NLM_F_APPEND, attribute, attributes, named
 from cni_portmap.linux.table import NFGENMSG
@@ -228,3 +232,51 @@ def test_the_service_manager_does_not_listen(monkeypatch, tmp_path):
         assert manager.recv(100) == b"WATCHDOG=1"
         assert notify.notify("READY=1", "STATUS=x")
         assert [manager.recv(100) for _ in range(count)][-1] == b"READY=1\nSTATUS=x"
+
+
+# --- children ----------------------------------------------------------------------------------------------------
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refuses():
+    raise CniError(11, "timed out", "see who holds it")
+
+
+def _forbidden(*_):
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+@pytest.mark.parametrize("work, patched, error", [
+    (_refuses, {}, "gc: timed out"), (_killed, {}, "gc: ended without an answer"),
+    (lambda: 1 / 0, {}, "gc: ZeroDivisionError: division by zero"), (object, {}, "gc: ended without an answer"),
+    (int, {"json.dumps": lambda _: '["done", [1'}, "gc: ended without an answer"),
+    (int, {"os.fork": _forbidden}, "Resource temporarily unavailable")])
+def test_a_child_that_fails(monkeypatch, work, patched, error):
+    """However it ends, there is one error, and neither a descriptor nor a process is left."""
+    for name, instead in patched.items():
+        monkeypatch.setattr(f"cni_portmap.agent.children.{name}", instead)
+    before = {*os.listdir("/proc/self/fd")}
+    with pytest.raises((CniError, OSError), match=error):
+        asyncio.run(children.in_child("gc", work))
+    assert {*os.listdir("/proc/self/fd")} == before and not children._running
+
+
+def test_periodic_work_goes_on_after_a_failure(monkeypatch):
+    """Of gc one child is killed, and one has to wait too long for the lock: the next removes what there is."""
+    logged, works = [], [_killed, _refuses, lambda: (["removed web"], {})]
+    in_child = children.in_child
+    monkeypatch.setattr(main, "log", logged.append)
+    monkeypatch.setattr(main.children, "in_child",
+                        lambda verb, _: in_child(verb, works.pop(0) if works[1:] else works[0]))
+    agent = main.Agent.__new__(main.Agent)
+    agent._dead = {}
+
+    async def run():
+        task = asyncio.ensure_future(main._every(0, agent._gc))
+        while not (task.done() or "removed web" in logged):
+            await asyncio.sleep(0.01)
+        task.cancel()
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert logged[:3] == ["gc: ended without an answer", "gc: timed out see who holds it", "removed web"]

@@ -23,23 +23,30 @@ async def in_child(verb: str, work: Callable[[], Any], seconds: float = 120) -> 
     Raises CniError with the child's own words, or where it ended without any, or took more than so many seconds.
     """
     read, write = os.pipe()
-    sys.stderr.flush()
-    pid = os.fork()
-    if not pid:
-        _be_child(verb, work, write)
-    os.close(write)
-    _running.add(pid)
+    pid = 0
     try:
+        try:
+            sys.stderr.flush()
+            pid = os.fork()
+            if not pid:
+                _be_child(verb, work, write)
+        finally:
+            os.close(write)
+        _running.add(pid)
         async with asyncio.timeout(seconds):
             answer = await _read_all(read)
     except TimeoutError:
         answer = b""
     finally:
         os.close(read)
-        os.kill(pid, signal.SIGKILL)  # it has said all, or shall not any more
-        os.waitpid(pid, 0)
-        _running.discard(pid)
-    kind, value = json.loads(answer or '["error", ["ended without an answer", ""]]')
+        if pid:
+            os.kill(pid, signal.SIGKILL)  # it has said all, or shall not any more
+            os.waitpid(pid, 0)
+            _running.discard(pid)
+    try:
+        kind, value = json.loads(answer)
+    except ValueError:  # it was killed before it had said all
+        kind, value = "error", ["ended without an answer", ""]
     if kind == "error":
         raise CniError(0, f"{verb}: {value[0]}", value[1])
     return value

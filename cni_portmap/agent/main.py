@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import ruleset
@@ -36,6 +36,7 @@ ASKS = (0, 2, 12, 72)  # seconds after an attachment is to be forwarded to, for 
 ASK_SECONDS = 1  # however many come, there is one look in that time
 AUDITS = (1.5, 5, 15)  # seconds after a heal
 TELL_AGAIN = 1  # seconds
+BRIDGE_SECONDS = 5
 SETTLED = 2  # seconds for which a file of libcni's must stay the same: it removes it after the plugin's DEL
 
 
@@ -61,6 +62,21 @@ def _words_of(error: object) -> str:
 def log(line: str) -> None:
     """A line for the journal."""
     print(f"cni-portmap agent: {line}", file=sys.stderr, flush=True)
+
+
+async def _telling(work: Coroutine[Any, Any, None]) -> None:
+    """Do something; where it fails, tell why."""
+    try:
+        await work
+    except (CniError, OSError, MemoryError) as error:
+        log(_words_of(error))
+
+
+async def _every(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do something again and again; what fails is tried again the next time."""
+    while True:
+        await asyncio.sleep(seconds)
+        await _telling(work())
 
 
 class Agent:
@@ -96,12 +112,7 @@ class Agent:
         self._server = Server(options.metrics, self._counters) if options.metrics else None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        async def guarded() -> None:
-            try:
-                await work
-            except (CniError, OSError, MemoryError) as error:
-                log(_words_of(error))
-        task = asyncio.get_running_loop().create_task(guarded())
+        task = asyncio.get_running_loop().create_task(_telling(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -157,11 +168,11 @@ class Agent:
         log(f"keeps {sum(1 for name in self._memory.chains if '/' in name)} attachments")
         self._start(self._restore())
         if self._forward:
-            self._start(self._watch_bridges())
+            self._start(_every(BRIDGE_SECONDS, self._look_at_bridges))
         if self._options.gc_seconds:
-            self._start(self._gc_for_ever())
+            self._start(_every(self._options.gc_seconds, self._gc))
         if watchdog_seconds():
-            self._start(self._beat(watchdog_seconds()))
+            self._start(_every(watchdog_seconds(), self._beat))
 
     def _reserve_changed(self, delay: float = DELAY, again: bool = False) -> None:
         """Reserve what came, and let go of what went; `again`: what came was read again, and may be held already."""
@@ -288,21 +299,17 @@ class Agent:
             Kernel().transact(redirect.text(*wanted))
             self._redirected = wanted
 
-    async def _watch_bridges(self) -> None:
+    async def _look_at_bridges(self) -> None:
         """Whether NAT can serve ::1 may change at any time, as when a cluster's agent starts."""
-        while True:
-            await asyncio.sleep(5)
-            self._write_table()
+        self._write_table()
 
     def _tell(self, *lines: str) -> None:
         """Tell the service manager; later, where it has no ear at the moment."""
         if not notify(*lines):
             asyncio.get_running_loop().call_later(TELL_AGAIN, self._tell, *lines)
 
-    async def _beat(self, seconds: float) -> None:
-        while True:
-            notify("WATCHDOG=1")
-            await asyncio.sleep(seconds)
+    async def _beat(self) -> None:
+        notify("WATCHDOG=1")
 
     def _reload(self) -> None:
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
@@ -362,7 +369,7 @@ class Agent:
         self._start(self._answer(connection))
 
     async def _answer(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(TimeoutError):  # it asks nothing
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(companion.SECONDS):
@@ -428,21 +435,20 @@ class Agent:
         for seconds in AUDITS:
             await asyncio.sleep(seconds - waited)
             waited = seconds
-            deleted = self._witness.gone(healed)
-            handles = {name: chain.first for name, chain in self._memory.chains.items()}
-            for line in await children.in_child("gc", lambda: audit(healed, deleted, handles)):  # noqa: B023
-                log(line)
+            await _telling(self._audit_once(healed))
+
+    async def _audit_once(self, healed: list[str]) -> None:
+        deleted = self._witness.gone(healed)
+        handles = {name: chain.first for name, chain in self._memory.chains.items()}
+        for line in await children.in_child("gc", lambda: audit(healed, deleted, handles)):
+            log(line)
 
     # --- the dead ---
 
-    async def _gc_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(self._options.gc_seconds)
-            before = self._dead
-            removed, dead = await children.in_child("gc", lambda: collect(before))  # noqa: B023
-            self._dead = dead
-            for line in removed:
-                log(line)
+    async def _gc(self) -> None:
+        removed, self._dead = await children.in_child("gc", lambda: collect(self._dead))
+        for line in removed:
+            log(line)
 
 
 # --- in children ---

@@ -6,12 +6,16 @@ import socket
 def notify(*lines: str) -> bool:
     """Send lines such as READY=1 to the service manager, if one started this process and wants to know.
 
-    Never waits: False where the manager has too many messages to read at the moment.
+    Never waits: False where that is not possible at the moment, as the manager has too many messages to read.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return True
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    except OSError:  # no descriptor is free
+        return False
+    with sock:
         try:
             sock.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
         except BlockingIOError:
