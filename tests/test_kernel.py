@@ -760,3 +760,13 @@ def test_end(script, status, code):
     done = subprocess.run(["/usr/bin/python3", "-IS", "-c", ENDS + script, ROOT], capture_output=True, text=True,
                           timeout=60, check=False)
     assert (done.returncode, "code" in done.stdout and json.loads(done.stdout)["code"] or None) == (status, code)
+
+
+def test_a_chain_that_was_flushed_meanwhile(monkeypatch):
+    """Where rules are to be inserted before one that is gone, nothing is written, and the call reads again."""
+    kernel, change = Kernel(), ruleset.Change()
+    change.chains, change.inserted = ["c/web/eth0"], {"c/web/eth1": (2, ["accept"])}
+    monkeypatch.setattr(kernel, "rule_handles", lambda chain: [])
+    monkeypatch.setattr(kernel, "transact", None)
+    monkeypatch.setattr(kernel, "_send", None)
+    assert kernel.write(change, 7) is False

@@ -713,3 +713,11 @@ def test_delete_sctp(wire):
     """The kernel's filter knows no ports of SCTP, so it isn't asked."""
     there = wire()
     assert conntrack_of(132).delete(8080, b"", b"") is False and there.sent == []
+
+
+def test_what_is_remembered_of_rules_has_an_end():
+    """A counter is another expression each time it is read, and `list --watch` reads it once a second."""
+    for packets in range(2 * expressions.MOST_READ):
+        counter = nested(1, netlink.named(1, "counter"), nested(2, attribute(2, packets.to_bytes(8, "big"))))
+        assert expressions.packets_in(counter) == packets
+    assert len(expressions._read) <= expressions.MOST_READ

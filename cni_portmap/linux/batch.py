@@ -17,7 +17,7 @@ from .table import (NFGENMSG, NFTA_CHAIN_NAME, NFTA_CHAIN_TABLE, NFTA_DATA_VALUE
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
     from ..ruleset import Change, Element, Member
     from .table import Table
@@ -94,11 +94,11 @@ def delete_table() -> "Command":
     return NFT_MSG_DELTABLE, 0, body, f"delete table {ruleset.TABLE}"
 
 
-def copies(written: "Table", inserted: "Mapping[str, tuple[int, list[str]]]",
-           handles: "Callable[[str], list[bytes]]", kept: "Container[str]" = ()) -> "Iterator[Command]":
+def copies(written: "Table", places: "Mapping[str, bytes]", kept: "Container[str]" = ()) -> "Iterator[Command]":
     """Commands that create what somebody has `written` apart, as `Change.apart` says it: chains with their rules.
 
-    `inserted`: as in a Change; `handles`: those of a chain's rules, where they are inserted; `kept`: as in `commands`.
+    `places`: of chains that rules are inserted into, the handle of the rule that they come before; `kept`: as in
+    `commands`.
     """
     sets = 0
     chains: dict[str, list[dict[int, bytes]]] = {}
@@ -108,8 +108,8 @@ def copies(written: "Table", inserted: "Mapping[str, tuple[int, list[str]]]",
         for name in written.port_maps([chain]):
             yield from _copy_of_set(written, name)
         place = b""
-        if chain in inserted:
-            place = attribute(NFTA_RULE_POSITION, handles(chain)[inserted[chain][0]])
+        if chain in places:
+            place = attribute(NFTA_RULE_POSITION, places[chain])
         elif chain not in kept:
             yield _chain(NFT_MSG_NEWCHAIN, NLM_F_CREATE | NLM_F_EXCL, chain, "create")
         for rule in rules:

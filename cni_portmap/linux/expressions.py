@@ -42,12 +42,15 @@ def expressions(raw: bytes) -> "Iterator[tuple[str, dict[int, bytes]]]":
     """Name and attributes of each expression of a rule (enum nft_expr_attributes)."""
     for _, expression in attributes(raw):
         if expression not in _read:
+            if len(_read) >= MOST_READ:  # counters are another expression each time, and `list --watch` goes on
+                _read.clear()
             found = dict(attributes(expression))
             _read[expression] = \
                 text(found.get(NFTA_EXPR_NAME, b"")), dict(attributes(found.get(NFTA_EXPR_DATA, b"")))
         yield _read[expression]
 
 
+MOST_READ = 10_000
 _read: "dict[bytes, tuple[str, dict[int, bytes]]]" = {}  # the rules of a thousand ports differ in two expressions each
 
 

@@ -297,11 +297,14 @@ class Kernel(Table):
         from .batch import commands, copies
         created = []
         kept = {chain for chain in change.chains if chain in change.rules and not self.is_hooked(chain)}
+        places = {chain: self.rule_handles(chain)[index:index + 1] for chain, (index, _) in change.inserted.items()}
+        if not all(places.values()):  # somebody has flushed one of these chains
+            return False
         if change.rules or change.inserted:
             try:
                 with self.empty_namespace() as empty:
                     empty.transact(change.apart())
-                    created = [*copies(empty, change.inserted, self.rule_handles, kept)]
+                    created = [*copies(empty, {chain: place for chain, (place,) in places.items()}, kept)]
             except CniError:  # its conditions name an interface of this host by index; or no right to make a namespace
                 self.transact(change.text())
                 return True
