@@ -46,7 +46,7 @@ def everybody(own: Iterable[Published], kernel: Kernel) -> tuple[list[Publicatio
         rulesets.close()
     found.sort(key=lambda each: (each.published.host_ports[0], each.published.protocol, each.published.family,
                                  each.published.host_ip, each.publisher))
-    return [each._replace(split=_split(each, found)) for each in found], rulesets.unreadable
+    return _with_split(found), rulesets.unreadable
 
 
 def _of_others(rulesets: Rulesets, kernel: Kernel) -> Iterator[Publication]:
@@ -72,14 +72,18 @@ def _is_of(leftover: Leftover, claim: Claim, ports: tuple[int, ...]) -> bool:
                for protocol, host, port, target in leftover.forwards)
 
 
-def _split(one: Publication, found: Iterable[Publication]) -> tuple[str, ...]:
-    return tuple(sorted({other.publisher for other in found
-                         if other.publisher != one.publisher and _overlap(one.published, other.published)}))
+def _with_split(found: list[Publication]) -> list[Publication]:
+    by_port: dict[tuple[int, int], list[Publication]] = {}  # by family and host port
+    for each in found:
+        for port in each.published.host_ports:
+            by_port.setdefault((each.published.family, port), []).append(each)
+    return [each._replace(split=tuple(sorted({
+        other.publisher for port in each.published.host_ports for other in by_port[each.published.family, port]
+        if other.publisher != each.publisher and _overlap(each.published, other.published)}))) for each in found]
 
 
 def _overlap(one: Published, other: Published) -> bool:
-    """Whether a packet may be for both, as in bind(2)."""
+    """Whether a packet for a port that both have may be for both, as in bind(2)."""
     everything = inet_ntop(AF[one.family], bytes(SIZES[one.family]))
-    return one.family == other.family and (one.protocol == other.protocol or "any" in (one.protocol, other.protocol)) \
-        and not {*one.host_ports}.isdisjoint(other.host_ports) and \
+    return (one.protocol == other.protocol or "any" in (one.protocol, other.protocol)) and \
         (one.host_ip == other.host_ip or everything in (one.host_ip, other.host_ip))
