@@ -66,6 +66,7 @@ def connections(kernel: Kernel) -> tuple[list[Published], list[tuple[Owner, int]
 def _lines(kernel: Kernel) -> tuple[list[tuple[str, Published]], dict[str, Owner], dict[str, int]]:
     """The published ports, each with its chain; the owner of each chain, and how many connections it has counted."""
     rules: dict[str, list[DnatRule]] = {}
+    by_port: dict[tuple[str, int, int, int], list[DnatRule]] = {}  # chain, protocol, size of the target, host port
     records: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for chain, comment, raw in kernel.rules():
@@ -75,14 +76,16 @@ def _lines(kernel: Kernel) -> tuple[list[tuple[str, Published]], dict[str, Owner
                     counts[chain] = packets_in(raw)
                 records.setdefault(chain, []).append(comment)
             else:
-                rules.setdefault(chain, []).extend(dnat_rules(raw, kernel.set_elements))
+                for its in dnat_rules(raw, kernel.set_elements):
+                    rules.setdefault(chain, []).append(its)
+                    for port in its.ports:
+                        by_port.setdefault((chain, its.protocol, len(its.target), port), []).append(its)
     owners: dict[str, Owner] = {}
     heirs: dict[str, dict[str, set[Element]]] = {}  # by chain: who stands by, as in Published, and what it wants
     found: dict[tuple[Any, ...], dict[int, int]] = {}
     for element, chain in kernel.elements():
         family, protocol, host, port = claim_of(element)
-        fitting = [rule for rule in rules.get(chain, ())
-                   if rule.protocol == protocol and len(rule.target) == SIZES[family] and port in rule.ports]
+        fitting = by_port.get((chain, protocol, SIZES[family], port), ())
         # A condition may compare the destination address as well, so the address need not be the published one.
         rule = next((rule for rule in fitting if rule.daddr == host), fitting[0] if fitting else None)
         if chain not in owners:
