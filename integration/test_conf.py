@@ -56,10 +56,10 @@ def test_its_ports_answer(bin_dir, client, path, tmp_path):
     with boxes(path, bin_dir, tmp_path, "conf-box") as (box,):
         for host, seen, has in (("192.0.2.81", "192.0.2.82", box.ipv4), ("2001:db8:81::1", "2001:db8:81::2", box.ipv6)):
             wanted = lab.Saw("conf-box", seen, 80) if has and not private else None
-            assert lab.exchange(client, host, 8080) == wanted
+            assert lab.exchange(client, host, 8080, timeout=lab.patience(wanted)) == wanted
         assert lab.exchange(lab.HOST, "127.0.0.1", 8080)
         assert lab.exchange(lab.HOST, "127.0.0.1", 8081)
-        assert lab.exchange(client, "192.0.2.81", 8081) is None
+        assert lab.exchange(client, "192.0.2.81", 8081, timeout=lab.HASTY) is None
 
 
 @pytest.mark.parametrize("path", [*filter(lambda path: path not in PUBLISHING, CONFLISTS)], ids=name_of)
@@ -68,9 +68,9 @@ def test_its_containers_are_reached_as_its_mode_says(bin_dir, client, path, tmp_
     published, local, direct = EXPOSURE[path.stem]
     with boxes(path, bin_dir, tmp_path, "conf-box", "conf-neighbour") as (box, neighbour):
         for host, localhost, ip in (("192.0.2.81", "127.0.0.1", box.ipv4), ("2001:db8:81::1", "::1", box.ipv6)):
-            assert bool(lab.exchange(client, host, 8080, timeout=2.5 if published else 0.3)) == published
-            assert bool(lab.exchange(lab.HOST, localhost, 8080, timeout=2.5 if local else 0.3)) == local
-            assert bool(lab.exchange(client, ip, 80, timeout=2.5 if direct else 0.3)) == direct
+            assert bool(lab.exchange(client, host, 8080, timeout=lab.patience(published))) == published
+            assert bool(lab.exchange(lab.HOST, localhost, 8080, timeout=lab.patience(local))) == local
+            assert bool(lab.exchange(client, ip, 80, timeout=lab.patience(direct))) == direct
             assert lab.exchange(neighbour, ip, 80)
 
 

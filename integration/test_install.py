@@ -102,6 +102,7 @@ def test_upgrade_in_place(site):
         caller.start()
     for _ in range(4):
         site.install()
+    lab.until(lambda: failures or calls > 10)  # a busy host makes fewer in the same time
     done.set()
     for caller in callers:
         caller.join()
@@ -120,7 +121,7 @@ def test_calls_under_way(site):
         time.sleep(0.01)
     site.install()
     site.install()
-    assert json.loads(call.communicate(config, timeout=20)[0])["code"] == 7
+    assert json.loads(call.communicate(config, timeout=60)[0])["code"] == 7
 
 
 def waits_in(pid: int) -> list[str]:
@@ -359,9 +360,12 @@ def test_killed_at_any_moment_leaves_a_plugin(site):
     for moment in range(1, 12):
         started = subprocess.Popen([lab.ROOT / "scripts/install", "--prefix", site.lib, "--bin-dir", site.bin,
                                     "--sbin-dir", site.sbin], stdout=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(whole * moment / 12)
-        os.killpg(started.pid, signal.SIGKILL)
-        killed += started.wait() != 0
+        try:
+            started.wait(whole * moment / 12)
+            whole /= 2  # the host is less busy than it was
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            killed += started.wait() != 0
         text = (site.bin / "portmap").read_text()
         assert text == "#!/bin/sh\necho theirs\n" or works(site.bin / "portmap")
     assert killed

@@ -47,7 +47,7 @@ def site(bin_dir, request):
         yield site
 
 
-def whom(site, who, ip, port, timeout=2.5):
+def whom(site, who, ip, port, timeout=lab.PATIENT):
     """Who answers, and whom it sees; None for nobody."""
     saw = lab.exchange(site.places[who], ip, port, timeout=timeout)
     return saw and (saw.server, saw.peer)
@@ -77,7 +77,7 @@ def test_services(site, family):
     assert whom(site, "client", lan, NODE_PORT + 3) == ("web", bridge)
     for who, ip, port in (("client", BALANCER[family].format(4), 80), ("stranger", BALANCER[family].format(3), 80),
                           ("host", CLUSTER_IP[family].format(5), 80), ("client", lan, NODE_PORT + 2)):
-        assert whom(site, who, ip, port, 0.3) is None
+        assert whom(site, who, ip, port, lab.HASTY) is None
 
 
 def test_a_host_port_with_the_number_of_a_node_port(site):

@@ -19,6 +19,6 @@ def test_an_attachment_comes_and_goes(bin_dir):
     web.check()
     web.remove()
     assert lab.table() == empty
-    assert lab.exchange(client, "192.0.2.1", 8080) is None
+    assert lab.exchange(client, "192.0.2.1", 8080, timeout=lab.HASTY) is None
     server.close()
     first.remove()

@@ -484,7 +484,7 @@ class World:
             target = led.get((ip, protocol, str(port)), led.get((wildcard, protocol, str(port)), ""))
             address, _, to = target.rpartition(":")
             expected = f"c{names[address]}:{to}" if address in names else None
-            saw = lab.exchange(client, ip, port, protocol, timeout=5 if expected else 0.3)
+            saw = lab.exchange(client, ip, port, protocol, timeout=lab.patience(expected))
             assert (saw.server if saw else None) == expected, f"{protocol} {ip} {port} leads to {saw}"
             answered += saw is not None
         for server in servers:

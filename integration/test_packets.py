@@ -16,7 +16,7 @@ CASES = [(setting, path, family, protocol) for setting in paths.SETTINGS for pat
 def test_path_leads_where_it_should(sites, setting, path, family, protocol):
     """The path leads to the container, or to nobody, and the container sees whom it should."""
     sees = paths.expected(path, setting, family)
-    assert sites(setting).try_path(path, family, protocol, 2.5 if sees else 0.2) == sees
+    assert sites(setting).try_path(path, family, protocol, lab.patience(sees)) == sees
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ BY_NAME = {setting.name: setting for setting in paths.SETTINGS}
 
 def answers(site):
     """Whom the container sees of those who are, or may be, in one of its networks."""
-    return {(path, family): site.try_path(path, family, "tcp", 1) for path in NEIGHBOURS for family in (4, 6)
-            if paths.exists(path, site.setting, family)}
+    return {(path, family): site.try_path(path, family, "tcp", lab.patience(paths.expected(path, site.setting, family)))
+            for path in NEIGHBOURS for family in (4, 6) if paths.exists(path, site.setting, family)}
 
 
 @pytest.mark.parametrize("lost", ["both", "the first", "the second", "both, beside one that nft refuses"])
@@ -76,7 +76,8 @@ def test_each_port_of_a_range_leads_to_its_own(site, first, target, protocol, fa
     with site.publish("ranged", ports) as container:
         for index in 0, MANY // 2, MANY - 1, MANY:
             with lab.Server("ranged", container, target + index, protocol):
-                saw = lab.exchange(site.client, site.ip("LAN address", family), first + index, protocol)
+                saw = lab.exchange(site.client, site.ip("LAN address", family), first + index, protocol,
+                                   timeout=lab.patience(index < MANY))
             assert saw == (lab.Saw("ranged", site.ip("client", family), target + index) if index < MANY else None)
 
 
@@ -114,7 +115,7 @@ def test_sctp_reaches_the_container(site, family):
     with site.container:
         listener = socket.socket(lab.family_of(node), socket.SOCK_RAW, lab.NUMBERS["sctp"])
     with listener:
-        listener.settimeout(2)
+        listener.settimeout(lab.PATIENT)
         lab.inject(site.client, "to-lan-client", lab.packet(source, node, paths.EVERY, "sctp", 40000))
         data, address = listener.recvfrom(2048)
     sent = lab.packet(source, site.ip("container", family), paths.WEB, "sctp", 40000)
@@ -169,6 +170,7 @@ def test_configuration_decides_whom_the_container_sees(site, config, who, source
     """The configuration of sources applies to this container, and to no other."""
     source = site.ip(source, family) if source else ""
     with site.publish("configured", [{"hostPort": 7001, "containerPort": paths.WEB}], **config):
-        saw = lab.exchange(site.places[who], site.ip("LAN address", family), 7001, source=source)
+        saw = lab.exchange(site.places[who], site.ip("LAN address", family), 7001, source=source,
+                           timeout=lab.patience(sees))
         assert saw == (lab.Saw("configured", site.ip(sees, family), paths.WEB) if sees else None)
         assert site.try_path(paths.PATHS[0], family, "tcp") == "client"

@@ -93,7 +93,7 @@ def test_only_in_our_table(clinic):
         path.unlink()
     published(clinic, "web", "9090:80", "127.0.0.1:9091:80", "5353:53/udp")
     assert clinic.answers(port=9090) and clinic.answers(4, "localhost", 9091)
-    assert not clinic.answers(port=9091, timeout=0.3)
+    assert not clinic.answers(port=9091, timeout=lab.HASTY)
 
 
 def test_more_ports_and_fewer(clinic):
@@ -103,7 +103,7 @@ def test_more_ports_and_fewer(clinic):
     assert clinic.answers(port=9090) and clinic.answers(port=9091)
     done = clinic.command("unpublish", "web", "9090:80")
     assert done.returncode == 0 and "removed 9090/tcp" in done.stdout, done.stderr
-    assert not clinic.answers(port=9090, timeout=0.3) and clinic.answers(port=9091)
+    assert not clinic.answers(port=9090, timeout=lab.HASTY) and clinic.answers(port=9091)
     assert "was not published by" in refused(clinic, "unpublish", "web", "9999:80")
     assert clinic.command("unpublish", "web").returncode == 0
     assert "p/web" not in lab.table() and clinic.answers()
@@ -267,4 +267,4 @@ def test_published_on_one_address(clinic):
     """With a host address, only there."""
     published(clinic, "web", f"{LAN_IP[4]}:9090:80", f"[{LAN_IP[6]}]:9090:80")
     assert clinic.answers(4, port=9090) and clinic.answers(6, port=9090)
-    assert not clinic.answers(4, "localhost", 9090, timeout=0.3)
+    assert not clinic.answers(4, "localhost", 9090, timeout=lab.HASTY)

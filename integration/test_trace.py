@@ -16,10 +16,15 @@ def drop(clinic, hook, rule, priority=0, policy="accept"):
             f"policy {policy}; {rule}; }}; }}\n")
 
 
+def connect(clinic):
+    """Send a packet for the port, whatever becomes of it."""
+    clinic.answers(timeout=1)
+
+
 class Trace:
     """The command, under way: it waits for a packet."""
 
-    def __init__(self, clinic, bin_dir, *words, seconds=5):
+    def __init__(self, clinic, bin_dir, *words, seconds=60):
         command = [bin_dir.parent / "sbin/cni-portmap", "trace", "8080", "--seconds", str(seconds), *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if "--json" in words:
@@ -69,7 +74,7 @@ def test_story(bin_dir, name):
     with Clinic(bin_dir, subnets=("10.88.0.0/16",)) as clinic:
         does(clinic)
         trace = Trace(clinic, bin_dir)
-        clinic.answers()
+        connect(clinic)
         story = trace.story()
         at = 0
         for words in told:
@@ -83,7 +88,7 @@ def test_refused(bin_dir):
     """Where nothing listens, the container refuses."""
     with Clinic(bin_dir, serve=False) as clinic:
         trace = Trace(clinic, bin_dir)
-        clinic.answers()
+        connect(clinic)
         assert "REFUSED: nothing listens on that port of the container" in trace.story()
 
 
@@ -118,7 +123,7 @@ def test_nothing_came(bin_dir):
     """No packet within the time; of another client than --from says, none either."""
     with Clinic(bin_dir) as clinic:
         trace = Trace(clinic, bin_dir, "--from", "192.0.2.200", seconds=1)
-        clinic.answers()
+        connect(clinic)
         assert "no packet for 8080/tcp came in" in trace.story()
         assert trace.process.returncode == 1
 
@@ -128,7 +133,7 @@ def test_json(bin_dir):
     with Clinic(bin_dir) as clinic:
         drop(clinic, "forward", "tcp dport 80 drop")
         trace = Trace(clinic, bin_dir, "--json")
-        clinic.answers()
+        connect(clinic)
         packet, *_ = json.loads(trace.story())
         assert packet["to"] == "192.0.2.1:8080" and packet["from"].startswith(CLIENT_IP[4])
         assert (packet["direction"], packet["verdict"]) == ("original", "dropped")
@@ -139,7 +144,7 @@ def test_udp(bin_dir):
     """A datagram's way, and the answer's."""
     with Clinic(bin_dir, ports=[{"hostPort": 8080, "containerPort": 80, "protocol": "udp"}], serve=False) as clinic:
         clinic.serve(protocol="udp")
-        process = subprocess.Popen([bin_dir.parent / "sbin/cni-portmap", "trace", "8080", "--seconds", "5"],
+        process = subprocess.Popen([bin_dir.parent / "sbin/cni-portmap", "trace", "8080", "--seconds", "60"],
                                    stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline().startswith("waiting for 8080/udp")
         assert clinic.answers(protocol="udp")
@@ -150,7 +155,7 @@ def test_udp(bin_dir):
 def test_its_table_goes_with_it(bin_dir):
     """After kill -9 at once; nobody else can delete it, and a flush of the ruleset leaves it."""
     with Clinic(bin_dir) as clinic:
-        trace = Trace(clinic, bin_dir, seconds=60)
+        trace = Trace(clinic, bin_dir)
         assert trace.table() in lab.nft("list", "tables")
         done = subprocess.run(["nft", "delete", "table", "inet", trace.table()], capture_output=True, text=True,
                               check=False)
@@ -165,7 +170,7 @@ def test_its_table_goes_with_it(bin_dir):
 def test_interrupted(bin_dir):
     """Ctrl-C ends it with what it has, and removes its table."""
     with Clinic(bin_dir) as clinic:
-        trace = Trace(clinic, bin_dir, seconds=60)
+        trace = Trace(clinic, bin_dir)
         trace.process.send_signal(2)
         assert "no packet" in trace.story()
         assert trace.table() not in lab.nft("list", "tables")
@@ -180,7 +185,7 @@ def listens(pid):
 def test_others_are_left_alone(bin_dir):
     """Only packets of the port are marked: the kernel tells of no other."""
     with Clinic(bin_dir) as clinic:
-        trace = Trace(clinic, bin_dir, seconds=60)
+        trace = Trace(clinic, bin_dir)
         monitor = subprocess.Popen(["stdbuf", "-oL", "nft", "monitor", "trace"], stdout=subprocess.PIPE, text=True)
         assert lab.until(lambda: listens(monitor.pid))
         with lab.Server("other", lab.HOST, 9999):
@@ -198,7 +203,7 @@ def test_container_that_is_gone(bin_dir):
     with Clinic(bin_dir, subnets=("10.88.0.0/16",)) as clinic:
         delete_link(next(name for _, name in socket.if_nameindex() if name.startswith("veth")))
         trace = Trace(clinic, bin_dir)
-        clinic.answers()
+        connect(clinic)
         assert "nothing came back from the container" in trace.story()
 
 

@@ -111,7 +111,7 @@ def connect_all_the_time(client: lab.Namespace, stop: threading.Event, lost: lis
     for number in itertools.count():
         if stop.wait(0.005):
             return
-        if not lab.exchange(client, "192.0.2.1", 8080):
+        if not lab.exchange(client, "192.0.2.1", 8080, timeout=30):
             lost.append(number)
 
 

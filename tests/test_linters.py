@@ -30,7 +30,7 @@ def test_linter(tool, arguments, capsys):
     need(tool)
     main(["completion", "bash"])
     completion = capsys.readouterr().out
-    done = subprocess.run([tool, *arguments], cwd=ROOT, input=completion, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([tool, *arguments], cwd=ROOT, input=completion, capture_output=True, text=True, timeout=600,
                           check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -31,6 +31,7 @@ from .calls import (
     lock_is_free,
     mapping,
     start_fork,
+    wait_long,
     wait_until_blocked,
 )
 from .conntrack import flows, track, tracked
@@ -73,7 +74,19 @@ from .runtime import (
     install_in_other_root,
     plugins,
 )
-from .servers import KINDS, NUMBERS, Client, Saw, Server, connecting, exchange
+from .servers import (
+    HASTY,
+    KINDS,
+    NUMBERS,
+    PATIENT,
+    Client,
+    Saw,
+    Server,
+    connecting,
+    exchange,
+    patience,
+    question,
+)
 from .tables import (
     TABLE,
     chains,

@@ -10,7 +10,7 @@ from typing import Any, Self
 from .links import add_route
 from .namespaces import HOST, Namespace, fresh_host, wire
 from .runtime import Container, Network, bridge_conflist
-from .servers import Server, exchange
+from .servers import PATIENT, Server, exchange
 
 PORT, WEB = 8080, 80
 LAN_IP = {4: "192.0.2.1", 6: "2001:db8::1"}
@@ -86,7 +86,7 @@ class Clinic:
         return json.loads(done.stdout), done.returncode
 
     def answers(self, family: int = 4, path: str = "client", port: int = PORT, protocol: str = "tcp",
-                timeout: float = 2.5) -> bool:
+                timeout: float = PATIENT) -> bool:
         """Whether the published port answers."""
         where = self.client if path == "client" else HOST
         ip = {"client": LAN_IP[family], "host": LAN_IP[family], "localhost": {4: "127.0.0.1", 6: "::1"}[family]}[path]

@@ -12,7 +12,7 @@ from .links import add_addresses
 from .namespaces import HOST, Netns, br_netfilter, fresh_host, sysctl, wire
 from .packets import ping
 from .runtime import CniFailed, Container, Network, bridge_conflist, call_plugin, ptp_conflist
-from .servers import Server, exchange
+from .servers import PATIENT, Server, exchange, patience
 from .tables import nft_script
 
 LAN = {4: ("192.0.2.1", "192.0.2.2"), 6: ("2001:db8::1", "2001:db8::2")}  # this host, the client
@@ -22,7 +22,6 @@ OUT = 7777  # the client's port
 MAPPINGS = [{"hostPort": 8080, "containerPort": 80}, {"hostPort": 5353, "containerPort": 80, "protocol": "udp"},
             *({"hostPort": 8443, "containerPort": 82, "hostIP": ip} for ip in ("127.0.0.1", "::1"))]
 FRAGMENTED = 4000  # bytes
-PATIENT, HASTY = 2.5, 0.3  # seconds: for what should come, and for what should not
 
 
 class Target(NamedTuple):
@@ -207,12 +206,12 @@ class Place:
             for family in 4, 6:
                 for who in WHO:
                     for target in TARGETS:
-                        patience = PATIENT if reaches(mode, family, who, target) else HASTY
+                        seconds = patience(reaches(mode, family, who, target))
                         size = FRAGMENTED if target.protocol == "udp" else 9
-                        found[who, target.name, family] = pool.submit(self.reach, who, target, family, patience, size)
+                        found[who, target.name, family] = pool.submit(self.reach, who, target, family, seconds, size)
                 for protocol in "tcp", "udp":
-                    patience = PATIENT if out_as(mode, family, "itself") else HASTY
-                    found["itself", f"out, {protocol}", family] = pool.submit(self.out, family, protocol, patience)
+                    seconds = patience(out_as(mode, family, "itself"))
+                    found["itself", f"out, {protocol}", family] = pool.submit(self.out, family, protocol, seconds)
         return {case: each.result() for case, each in found.items()}
 
     def too_open(self, mode: Mode) -> dict[tuple[str, str, int], object]:

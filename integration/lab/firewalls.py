@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .namespaces import HOST, Namespace, fresh_host, wire
 from .processes import run
-from .servers import Client, Server
+from .servers import PATIENT, Client, Server
 from .tables import nft
 
 from cni_portmap.firewall.journey import Journey, Traveller
@@ -130,7 +130,7 @@ class Lab:
 
     def connect(self, family: int, path: str, expected: str) -> str:
         """The server that answers, "" for none. Where one is expected, there is more time for it."""
-        for timeout in (0.1, 1.5) if expected else (0.1,):
+        for timeout in (0.1, PATIENT) if expected else (0.1,):
             with contextlib.suppress(OSError):
                 where = self.client if path == "client" else HOST
                 with Client(where, str(NETS[family]["lan"]), PUBLISHED, timeout=timeout) as client:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from .links import mac_of
-from .servers import NUMBERS
+from .servers import NUMBERS, PATIENT
 
 
 def _checksum(data: bytes) -> int:
@@ -29,15 +29,16 @@ def _crc32c(data: bytes) -> bytes:
     return struct.pack("<I", crc ^ 0xffffffff)
 
 
-def packet(source: str, destination: str, port: int, protocol: str = "udp", source_port: int = 40000) -> bytes:
-    """An IP packet with any source: a datagram, a TCP SYN, or an SCTP INIT."""
+def packet(source: str, destination: str, port: int, protocol: str = "udp", source_port: int = 40000,
+           data: bytes = b"data") -> bytes:
+    """An IP packet with any source: a datagram with `data`, a TCP SYN, or an SCTP INIT."""
     packed = [ipaddress.ip_address(ip).packed for ip in (source, destination)]
     ports = struct.pack("!HH", source_port, port)
     if protocol == "sctp":
         init = struct.pack("!BBHIIHHI", 1, 0, 20, 1, 65536, 1, 1, 1)  # INIT, with one stream each way
         body = ports + bytes(4) + _crc32c(ports + bytes(8) + init) + init
     else:
-        body, at = (ports + struct.pack("!HH", 12, 0) + b"data", 6) if protocol == "udp" else \
+        body, at = (ports + struct.pack("!HH", 8 + len(data), 0) + data, 6) if protocol == "udp" else \
             (ports + struct.pack("!IIBBHHH", 1, 0, 5 << 4, 2, 65535, 0, 0), 16)  # SYN
         pseudo = b"".join(packed) + struct.pack("!II", len(body), NUMBERS[protocol])
         body = body[:at] + struct.pack("!H", _checksum(pseudo + body)) + body[at + 2:]
@@ -47,9 +48,9 @@ def packet(source: str, destination: str, port: int, protocol: str = "udp", sour
     return header[:10] + struct.pack("!H", _checksum(header)) + header[12:] + body
 
 
-def source_routed(source: str, via: str, destination: str, port: int) -> bytes:
+def source_routed(source: str, via: str, destination: str, port: int, data: bytes) -> bytes:
     """A datagram over IPv4 whose sender wants it to go on from the host `via` to `destination` (RFC 791, 3.1)."""
-    plain = packet(source, destination, port)
+    plain = packet(source, destination, port, data=data)
     options = bytes((131, 7, 4)) + plain[16:20] + b"\x01"  # loose source and record route
     fields = b"\x47" + plain[1:2] + struct.pack("!H", len(plain) + 8) + plain[4:10] + bytes(2) + plain[12:16] + \
         ipaddress.ip_address(via).packed + options
@@ -92,7 +93,7 @@ def _frame(host_device: str, data: bytes) -> bytes:
     return mac_of(host_device) + b"\x02\0\0\0\0\x02" + kind + data
 
 
-def ping(where: contextlib.AbstractContextManager[object], ip: str, timeout: float = 2.5) -> bool:
+def ping(where: contextlib.AbstractContextManager[object], ip: str, timeout: float = PATIENT) -> bool:
     """Whether an address answers an echo request from a namespace."""
     v6 = ":" in ip
     with where:

@@ -11,7 +11,7 @@ from .libcni_cache import Cache
 from .namespaces import fresh_host, wire
 from .processes import run
 from .runtime import PLUGINS, Container, Network, bridge_conflist, call_process, plugins
-from .servers import exchange
+from .servers import PATIENT, exchange
 from .tables import TABLE
 from .userland import UNPACKED
 
@@ -135,7 +135,7 @@ class Node:
         done = call_process(self.ours / "portmap", "GC", config)
         return answer(done.returncode, done.stdout, done.stderr)
 
-    def answers(self, port: int, protocol: str = "tcp", timeout: float = 1.0) -> dict[int, str]:
+    def answers(self, port: int, protocol: str = "tcp", timeout: float = PATIENT) -> dict[int, str]:
         """Who answers the client on the LAN, by family; "" for nobody."""
         saw = {family: exchange(self.client, ip, port, protocol, timeout=timeout) for family, ip in LAN.items()}
         return {family: found.server if found else "" for family, found in saw.items()}

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import ipaddress
+import itertools
 import json
 import socket
 import threading
@@ -25,13 +26,30 @@ KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 NUMBERS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "sctp": socket.IPPROTO_SCTP}
 
 
+# Seconds to wait for what should come, however busy the host is, and for what should not.
+PATIENT, HASTY = 10.0, 0.3
+
+
+def patience(comes: object) -> float:
+    """How long to wait for an answer that should come, or should not."""
+    return PATIENT if comes else HASTY
+
+
+_questions = itertools.count(1)
+
+
+def question() -> bytes:
+    """A word that nobody has sent before: a server knows by it what has arrived, and a client what is answered."""
+    return b"%d" % next(_questions)
+
+
 _PKTINFO = 20  # bytes of struct in6_pktinfo: the address that was asked, an interface
 
 
 class Server:
     """Answers on one port of one namespace, IPv4 and IPv6, with whom it saw; counts what arrives.
 
-    UDP, too, is answered from the address that was asked.
+    UDP, too, is answered from the address that was asked, and with the first word of the question.
 
     A TCP connection is closed with its answer, or, with `keep`, goes on: each further message has an answer.
     """
@@ -40,6 +58,7 @@ class Server:
                  ip: str = "", keep: bool = False) -> None:
         self.name, self.port, self.protocol, self._keep = name, port, protocol, keep
         self.arrivals: list[Saw] = []
+        self._asked: dict[bytes, Saw] = {}
         with where:
             family = family_of(ip) if ip else socket.AF_INET6
             self._socket = socket.socket(family, KINDS[protocol])
@@ -63,12 +82,12 @@ class Server:
                     with connection, contextlib.suppress(OSError):
                         connection.sendall(self._answer(address))
                 else:
-                    _, control, _, address = self._socket.recvmsg(2048, socket.CMSG_SPACE(_PKTINFO))
+                    data, control, _, address = self._socket.recvmsg(2048, socket.CMSG_SPACE(_PKTINFO))
                     if address is None:  # shut down
                         return
-                    from_there = [(level, kind, data[:_PKTINFO - 4] + bytes(4)) for level, kind, data in control]
+                    from_there = [(level, kind, info[:_PKTINFO - 4] + bytes(4)) for level, kind, info in control]
                     with contextlib.suppress(OSError):  # nobody there, as with spoofed sources
-                        self._socket.sendmsg([self._answer(address)], from_there, 0, address)
+                        self._socket.sendmsg([self._answer(address, data)], from_there, 0, address)
 
     def _converse(self, connection: socket.socket, address: Any) -> None:
         with connection, contextlib.suppress(OSError):
@@ -76,12 +95,18 @@ class Server:
             while connection.recv(2048):
                 connection.sendall(self._answer(address))
 
-    def _answer(self, address: Any) -> bytes:
+    def _answer(self, address: Any, asked: bytes = b"") -> bytes:
         peer = ipaddress.ip_address(address[0].partition("%")[0])
         mapped = getattr(peer, "ipv4_mapped", None)
         saw = Saw(self.name, str(mapped or peer), self.port)
         self.arrivals.append(saw)
-        return json.dumps(saw).encode()
+        word = asked.partition(b" ")[0]
+        self._asked[word] = saw
+        return json.dumps([*saw, word.decode(errors="replace")]).encode()
+
+    def saw(self, word: bytes) -> Saw | None:
+        """Whom it saw send a datagram that begins with this word; None for nobody, so far."""
+        return self._asked.get(word)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -102,10 +127,10 @@ class Client:
     """
 
     def __init__(self, where: contextlib.AbstractContextManager[object], ip: str, port: int, protocol: str = "tcp",
-                 source: str = "", timeout: float = 2.5, size: int = 9) -> None:
+                 source: str = "", timeout: float = PATIENT, size: int = 9) -> None:
         with where:
             self._socket = socket.socket(family_of(ip), KINDS[protocol])
-        self._timeout, self._protocol, self._question = timeout, protocol, b"who am I?".ljust(size)
+        self._timeout, self._protocol, self._size = timeout, protocol, size
         self._listens = protocol == "tcp"  # a TCP server speaks first
         self._socket.settimeout(timeout)
         try:
@@ -122,25 +147,34 @@ class Client:
 
         `timeout`: other than the client's.
 
-        As TCP does, a datagram that has no answer within a second is sent again.
+        As TCP does, a datagram that has no answer within a second is sent again. What answers another is not for it.
         """
         if self._protocol == "udp":
             self._forget_answers()
-        left = timeout or self._timeout
-        while left > 0:
+        word, end = question(), time.monotonic() + (timeout or self._timeout)
+        while (left := end - time.monotonic()) > 0:
             if not self._listens:
-                self._socket.send(self._question)
+                self._socket.send((word + b" who am I?").ljust(self._size))
             self._listens = False
-            self._socket.settimeout(min(left, 1.0) if self._protocol == "udp" else left)
-            try:
-                data = self._socket.recv(2048)
-                return Saw(*json.loads(data)) if data else None
-            except TimeoutError:
-                left -= self._socket.gettimeout() or left
+            with contextlib.suppress(TimeoutError):
+                return self._answer(word, min(left, 1.0) if self._protocol == "udp" else left)
         return None
 
+    def _answer(self, word: bytes, seconds: float) -> Saw | None:
+        """The answer to that word. Raises TimeoutError if there is none in time."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._socket.settimeout(left)
+            data = self._socket.recv(2048)
+            if not data:
+                return None
+            *saw, answered = json.loads(data)
+            if self._protocol == "tcp" or answered == word.decode():
+                return Saw(*saw)
+        raise TimeoutError
+
     def _forget_answers(self) -> None:
-        """Read what has come to what was sent before: answers, and refusals, behind which answers may stand."""
+        """Read what has come to what was sent before, so that there is room: answers, and refusals."""
         self._socket.settimeout(0)
         while True:
             try:
@@ -151,13 +185,13 @@ class Client:
                 if error.errno == errno.EBADF:
                     raise
 
-    def ask_until(self, server: str, timeout: float = 10.0) -> Saw | None:
+    def ask_until(self, server: str, timeout: float = 30.0) -> Saw | None:
         """Ask again, as real clients do, until `server` answers; after `timeout` seconds the last answer, if any."""
         end, saw = time.monotonic() + timeout, None
         while time.monotonic() < end and (saw is None or saw.server != server):
             try:
                 saw = self.ask()
-            except ConnectionRefusedError:
+            except OSError:  # refused, or where there is nobody now
                 saw = None
         return saw
 
@@ -198,7 +232,7 @@ def connecting(where: contextlib.AbstractContextManager[object], port: int, *ips
         with where:
             while not done.wait(0.005):
                 try:
-                    socket.create_connection((ip, port), 5).close()
+                    socket.create_connection((ip, port), 30).close()
                     made.append(ip)
                 except OSError as error:
                     lost.append((ip, error))
@@ -216,7 +250,7 @@ def connecting(where: contextlib.AbstractContextManager[object], port: int, *ips
 
 
 def exchange(where: contextlib.AbstractContextManager[object], ip: str, port: int, protocol: str = "tcp",
-             source: str = "", timeout: float = 2.5, size: int = 9) -> Saw | None:
+             source: str = "", timeout: float = PATIENT, size: int = 9) -> Saw | None:
     """Talk to `ip` and `port` from a namespace: what the server that answered saw, None if nobody did."""
     try:
         with Client(where, ip, port, protocol, source, timeout, size) as client:

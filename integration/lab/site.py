@@ -36,7 +36,8 @@ from .paths import (
     expected,
 )
 from .runtime import Container, Network, bridge_conflist, ptp_conflist
-from .servers import Server, exchange
+from .processes import until
+from .servers import PATIENT, Server, exchange, patience, question
 
 
 Place = contextlib.AbstractContextManager[object]  # to be entered, as HOST, a Namespace and a Container are
@@ -204,21 +205,22 @@ class Site:
     def ip(self, name: str, family: int) -> str:
         return self.addresses[name][family == 6]
 
-    def arrival(self, who: str, source: str, destination: str, port: int) -> str:
+    def arrival(self, who: str, source: str, destination: str, port: int, comes: object) -> str:
         """Whom the server of a port sees of a datagram that `who` makes by hand, NOBODY if it never arrives.
 
-        One that follows it tells when to look.
+        `comes`: whether it should arrive, and so is waited for; else one that follows it tells when to look.
         """
-        family, own = 6 if ":" in destination else 4, OWN if port == OWN else EVERY
+        family, own, data = 6 if ":" in destination else 4, OWN if port == OWN else EVERY, question()
         server, machine = self.servers[own, family, "udp"], self.places[who]
-        before = len(server.arrivals)
-        inject(machine, self.devices[who], packet(source, destination, port, source_port=next(self._ports)))
-        assert exchange(HOST, self.ip("localhost" if own == OWN else "LAN address", family), own, "udp")
-        arrivals = server.arrivals[before:]
-        assert len(arrivals) in (1, 2)
-        return arrivals[0].peer if len(arrivals) == 2 else NOBODY
+        inject(machine, self.devices[who], packet(source, destination, port, source_port=next(self._ports), data=data))
+        if comes:
+            until(lambda: server.saw(data), PATIENT)
+        else:
+            assert exchange(HOST, self.ip("localhost" if own == OWN else "LAN address", family), own, "udp")
+        saw = server.saw(data)
+        return saw.peer if saw else NOBODY
 
-    def try_path(self, path: Path, family: int, protocol: str, timeout: float = 2.5) -> str:
+    def try_path(self, path: Path, family: int, protocol: str, timeout: float = PATIENT) -> str:
         """The name of the address that the container saw, NOBODY if it saw nothing or did not answer."""
         saw = exchange(self.places[path.who], self.ip(path.to, family), path.port, protocol,
                            self.ip(path.source, family) if path.source else "", timeout)
@@ -247,7 +249,7 @@ class Site:
         hopes = [wanted(*case) for case in cases]
 
         def see(case: tuple[Path, int, str], hope: str) -> str:
-            return self.try_path(*case, timeout=2.5 if hope else 0.3)
+            return self.try_path(*case, timeout=patience(hope))
         with concurrent.futures.ThreadPoolExecutor(32) as side_by_side:
             saw = side_by_side.map(see, cases, hopes)
             return {f"{path}, IPv{family}, {protocol}": (hope, seen)
