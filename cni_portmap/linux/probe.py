@@ -3,7 +3,6 @@
 The kernel knows of no socket for it, so it resets what answers, and the program behind the port sees no connection.
 Three tracked connections are left to time out. Source: raw(7), packet(7), RFC 9293.
 """
-import contextlib
 import time
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SOCK_RAW, inet_ntop, socket
 from struct import pack, unpack_from
@@ -27,17 +26,19 @@ def probe(source: bytes, destination: bytes, port: int, seconds: float = 1.0) ->
         except PermissionError:
             return FORBIDDEN
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            raw.settimeout(left)
-            with contextlib.suppress(TimeoutError):
+        while (left := end - time.monotonic()) > -seconds:  # a busy host may let us look late at what came in time
+            raw.settimeout(max(left, 0))
+            try:
                 data = raw.recv(2048)
-                at = (data[0] & 15) * 4 if family == AF_INET else 0
-                if len(data) >= at + 14 and unpack_from("!HH", data, at) == (port, own):
-                    flags = data[at + 13]
-                    if flags & RST:
-                        return REFUSED
-                    if flags & SYN_ACK == SYN_ACK:
-                        return ANSWERED
+            except (TimeoutError, BlockingIOError):
+                break
+            at = (data[0] & 15) * 4 if family == AF_INET else 0
+            if len(data) >= at + 14 and unpack_from("!HH", data, at) == (port, own):
+                flags = data[at + 13]
+                if flags & RST:
+                    return REFUSED
+                if flags & SYN_ACK == SYN_ACK:
+                    return ANSWERED
     return NOTHING
 
 
