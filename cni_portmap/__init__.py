@@ -2,10 +2,12 @@
 
 A drop-in replacement for the reference `portmap` plugin. Which room for which change:
 
-- what a runtime may send: `cni` (the protocol), `config` (the keys), `attachment` (what they become)
+- what a runtime may send: `cni` (the protocol), `config` (the keys) with `conditions`, `attachment` (what they become);
+  the messages for bad input: `explain`; results of another version: `result`
 - what a call does, in which order: `verbs/`
-- which rule is written: `ruleset`; how it gets there, and every other system call: `linux/`
-- what a person types: `cli/`; libcni's cache: `libcni_cache`; the messages for bad input: `explain`
+- which rule is written: `ruleset`, for a policy `exposure`; how it gets there, and every other system call: `linux/`
+- what a person types: `cli/`; what everybody's rules do to a packet: `firewall/`; what keeps all of it: `agent/`
+- what others have: `libcni_cache`, and `reference`, the plugin that this one replaces
 - what starts: `plugin` (the CNI plugin), `cli.main` (the command)
 """
 __version__ = "0.2.0"

@@ -45,8 +45,6 @@ class Exposure:
     `conditions`: nft match text for both. `outgoing`: the source that the world sees, "container", or "" where that is
     left to others.
 
-    `by_operator`: whether `cni-portmap publish` has published `ports`, and no runtime.
-
     What the host knows of it: `home`: the interfaces that lead to the container's own network; `is_routed`: whether its
     neighbours are behind others, as with ptp. `note`: all of that, for the owner's record.
     """
@@ -73,7 +71,8 @@ class Attachment:
     that a process of the host uses is refused. `pod`: the name that people know, "shop/web-7d9f", or "". `links`: the
     interfaces of the host that prevResult names, of which `link` is the container's own, as name#index, or "".
     `prefixes`: the networks of all of its addresses. `exposure`: who may reach its addresses besides what
-    `ports` publish; a family that only `exposure` has is not in `addresses`.
+    `ports` publish; a family that only `exposure` has is not in `addresses`. `by_operator`: whether `cni-portmap
+    publish` has published `ports`, and no runtime.
 
     What the host knows of it: `on_link`: (interface of this host, prefix), from where its replies do not come back
     through this host; None if that goes by prefix alone, as before 0.2. `left_alone`: the families whose localhost its

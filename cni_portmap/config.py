@@ -4,7 +4,7 @@ Every refusal of bad input is here, so nothing after this module checks input ag
 down in portmap.schema.json, the contract for people and editors; a property test holds the two together, and
 `explain` words a refusal through it. Keys are those of the reference plugin (cni.dev, "portmap plugin").
 """
-from .attachment import DEFAULT_MARK_BIT, PROTOCOLS, Address, Attachment, Port, parse_cidr, parse_ip
+from .attachment import DEFAULT_MARK_BIT, PROTOCOLS, Address, Attachment, Port, is_localhost, parse_cidr, parse_ip
 from .cni import INVALID_CONFIG, CniError, ConfigError, Request, as_go_reads, is_ifname, is_name, warn
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -266,7 +266,7 @@ def _refuse_unreachable(address: Address, path: str) -> None:
     """Raise ConfigError for an address to which nothing can be forwarded: localhost, none at all, or of many."""
     ip = address.ip
     multicast = ip[:2] == "ff" if address.family == 6 else 224 <= int(ip.partition(".")[0]) < 240
-    if multicast or ip in ("0.0.0.0", "::", "::1", "255.255.255.255") or (address.family == 4 and ip[:4] == "127."):
+    if multicast or is_localhost(ip) or ip in ("0.0.0.0", "::", "255.255.255.255"):
         raise ConfigError(path, "an address of the container, not one of localhost, a multicast group or none at all")
 
 

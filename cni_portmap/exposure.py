@@ -11,7 +11,7 @@ from _socket import inet_ntop, inet_pton
 
 from .attachment import AF, PROTOCOLS, Address, Attachment, Exposure, Port, is_localhost, parse_cidr, parse_ip
 from .cni import ConfigError, is_ifname, warn
-from .ruleset import COMMENT_MAX, PROTOCOL_NUMBERS, TABLE, Shared, chain_of_conditions
+from .ruleset import COMMENT_MAX, PROTOCOL_NUMBERS, TABLE, Shared, chain_of_conditions, key_of_interface
 from .ruleset import PROTOCOLS as PROTOCOL_NAMES
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
@@ -336,7 +336,7 @@ def members_of(exposure: Exposure, chain: str) -> "Iterator[Member]":
         if exposure.mode == ROUTED:
             yield f"ping{family}", address, b"", b""
         for name in exposure.home:
-            yield f"home{family}", _name_key(name) + address, b"", b""
+            yield f"home{family}", key_of_interface(name) + address, b"", b""
         for network in exposure.networks if exposure.is_routed else ():
             first, last = _bounds(family, network)
             yield f"near{family}", address + first, address + last, b""
@@ -344,16 +344,12 @@ def members_of(exposure: Exposure, chain: str) -> "Iterator[Member]":
             yield f"open{family}", address + _port_key(*port), b"", b""
         for name in exposure.interfaces:
             for port in exposure.trusted:
-                yield f"trusted{family}", _name_key(name) + address + _port_key(*port), b"", b""
+                yield f"trusted{family}", key_of_interface(name) + address + _port_key(*port), b"", b""
         if exposure.conditions:
             yield f"conditional{family}", address, b"", chain_of_conditions(chain)
         if exposure.outgoing:
             seen = address if exposure.outgoing == CONTAINER else inet_pton(kind, exposure.outgoing)
             yield f"outgoing{family}", address, b"", seen
-
-
-def _name_key(name: str) -> bytes:
-    return name.encode().ljust(16, b"\0")
 
 
 def _port_key(protocol: str, port: int) -> bytes:

@@ -403,7 +403,7 @@ def note_interfaces(interfaces: "Mapping[str, str]") -> str:
 
 
 def key_of_interface(name: str) -> bytes:
-    """The key of an interface in that set, as the kernel has it."""
+    """An interface's name as the key of a set, or a part of one, as the kernel has it."""
     return name.encode().ljust(16, b"\0")
 
 

@@ -2,5 +2,6 @@
 
 `memory` is what our processes have published, from their own transactions; `heal` writes again what others delete of
 it; `witness` says which attachments libcni still has; `children` do what takes long; `metrics` and `notify` tell of it;
-`main` has the loop. asyncio, one thread. Imports go from `main` down.
+`reserve` holds sockets, `permits` says what is forwarded, `redirect` leads clients there; `main` has the loop. All of
+that is asyncio, one thread. `forward` and its `streams` have another, by `poll`. Imports go from `main` down.
 """

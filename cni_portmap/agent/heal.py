@@ -56,7 +56,6 @@ class Healer:
         self._heard = 0  # the generation of the last transaction that was heard
         self._wishes: list[float] = []
         self._answered: list[float] = []  # when there was something to heal, since it was last calm
-        self._last_deletion = 0.0
         self._healing: asyncio.Task[None] | None = None
         self._overrun = False
 
@@ -141,7 +140,6 @@ class Healer:
                 deleted += memory.apply(each.messages[memory.name], own, each.port == self._port)
         if deleted:
             self.foreign_deletions += 1
-            self._last_deletion = time.monotonic()
             self._look_for_a_wish(each)
         self.on_commit(each, own)
 

@@ -38,7 +38,6 @@ SET_KEPT = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 17, 18))
 AT_ONCE = 48 << 10  # bytes of elements in a message: its list ends at 64 KiB
 
 _ATTRIBUTE = Struct("<HH")  # struct nlattr: length and type
-Place = tuple[str, ...]  # of what a message is about, for whom it concerns: kind, and the names
 
 
 def _kept(body: bytes, kept: frozenset[int]) -> bytes:

@@ -5,13 +5,14 @@ import sys
 
 from ..linux.kernel import Kernel
 from ..verbs.restore import prune
+from .shared_options import add_dry_run
 
 HELP = "remove rules of dead containers"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--dry-run", action="store_true", help="show what would be removed, and make no changes")
+    add_dry_run(parser)
 
 
 def run(options: argparse.Namespace, kernel: Kernel) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..firewall.packet import ESTABLISHED, NEW, Packet
 from ..linux.kernel import Kernel
-from ..linux.rulesets import LEGACY, NF_ACCEPT, NF_DROP, NF_QUEUE
+from ..linux.rulesets import LEGACY, NF_DROP, NF_QUEUE
 from ..linux.tracing import BEGIN, END, Event, Tracing
 from .checks.rules import rule_of, whose
 from .checks.scene import Scene, Target, end, packed, shown
@@ -84,7 +84,6 @@ class Story:
         self.headers = event
         self.steps: list[dict[str, Any]] = []
         self.ended = ""  # "dropped", "lost", "out", "delivered"
-        self.jumped: tuple[str, str] = ("", "")
 
 
 class Teller:
@@ -114,8 +113,6 @@ class Teller:
             self._checkpoint(story, event)
         elif event.verdict in (NF_DROP, NF_QUEUE) and not is_own:
             self._dropped(story, event)
-        elif event.verdict == NF_ACCEPT and event.handle and self._is_publisher(event):
-            story.jumped = event.table, event.chain
 
     def _is_reply(self, event: Event) -> bool:
         source, sport, _, _ = event.ends
@@ -127,10 +124,6 @@ class Teller:
         source, sport, destination, dport = event.ends
         return self._scene.client in (None, destination) or any(
             story.headers.ends == (destination, dport, source, sport) for story in self.packets.values())
-
-    @staticmethod
-    def _is_publisher(event: Event) -> bool:
-        return event.table == "cni_portmap" and event.chain.startswith(("c/", "p/"))
 
     def _checkpoint(self, story: Story, event: Event) -> None:
         at_end = event.chain.startswith(END)

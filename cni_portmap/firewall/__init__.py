@@ -7,6 +7,7 @@ since nobody knows whence the next client comes; so an answer is YES, NO or MAYB
     expressions.py  nft's expressions: does a rule match, what does it do
     xtables.py      matches and targets of iptables, for iptables-nft and iptables-legacy alike
     walk.py         hooks, chains and verdicts in their order
+    journey.py      a connection through all hooks, in both directions
     claims.py       the DNAT rules of others: who publishes a port besides
     text.py         a rule of iptables-legacy as iptables writes it
 """

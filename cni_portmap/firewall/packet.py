@@ -10,8 +10,7 @@ TCP, UDP, SCTP, ICMP, ICMPV6 = 6, 17, 132, 1, 58
 SYN, ACK = 0x02, 0x10
 EPHEMERAL = 54321  # a client's port is not known, but hardly ever one that a rule names
 NEW, ESTABLISHED, UNTRACKED = "new", "established", "untracked"
-IPS_SEEN_REPLY, IPS_ASSURED, IPS_CONFIRMED, IPS_SRC_NAT, IPS_DST_NAT = 0x2, 0x4, 0x8, 0x10, 0x20
-IPS_SRC_NAT_DONE, IPS_DST_NAT_DONE = 0x80, 0x100
+IPS_SRC_NAT, IPS_DST_NAT = 0x10, 0x20
 ETHERTYPES = {4: 0x0800, 6: 0x86dd}
 
 

@@ -16,6 +16,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from ..attachment import AF
+from ..ruleset import PROTOCOL_NUMBERS
 from .kernel import CLONE_NEWNET
 from .netlink import (IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_EXT_MASK, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINKINFO,
                       IFLA_MASTER, NETLINK_ROUTE, RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_VIA, RTEXT_FILTER_SKIP_STATS,
@@ -23,14 +24,14 @@ from .netlink import (IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_EXT_MASK, IFLA_
 
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY = 4, 20
 RTM_GETNEIGH = 30
-IFLA_MTU, IFLA_LINK, IFLA_GROUP, IFLA_LINK_NETNSID, IFLA_XDP = 4, 5, 27, 37, 43
-IFLA_INFO_SLAVE_DATA, IFLA_BRPORT_STATE, IFLA_BRPORT_MODE, IFLA_BRPORT_ISOLATED = 5, 1, 4, 33
+IFLA_MTU, IFLA_LINK, IFLA_GROUP = 4, 5, 27
+IFLA_INFO_SLAVE_DATA, IFLA_BRPORT_STATE, IFLA_BRPORT_MODE = 5, 1, 4
 RTA_SRC, RTA_IIF, RTA_MARK = 2, 3, 16
 NDA_DST, NDA_LLADDR = 1, 2
 IFA_F_PERMANENT = 0x80
 IFF_UP, IFF_LOOPBACK, IFF_RUNNING = 0x1, 0x8, 0x40
 BR_STATE_DISABLED, BR_STATE_FORWARDING = 0, 3
-NUD_FAILED, NUD_NOARP = 0x20, 0x40
+NUD_FAILED = 0x20
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_MULTICAST = 1, 2, 3, 5
 INET_DIAG_SKV6ONLY = 11
 TCP_LISTEN, TCP_CLOSE = 10, 7
@@ -43,8 +44,8 @@ _DIAG = Struct("=BBBB2s2s16s16sI8sIIIII")  # inet_diag_msg
 class Link(NamedTuple):
     """An interface: its index and name; `type` as in ARPHRD_*, `kind` as `ip -d link` names it, `flags` as in IFF_*.
 
-    `master`: the name of the bridge that it is a port of; `peer`: the index of its other end, in another namespace
-    where `peer_elsewhere`; `state`, `hairpin`: of a port of a bridge; `xdp`: whether a program may see packets first.
+    `master`: the name of the bridge that it is a port of; `peer`: the index of its other end; `state`, `hairpin`: of a
+    port of a bridge.
     """
 
     number: int
@@ -57,11 +58,8 @@ class Link(NamedTuple):
     mtu: int = 0
     mac: str = ""
     peer: int = 0
-    peer_elsewhere: bool = False
     state: int = BR_STATE_FORWARDING
     hairpin: bool = False
-    isolated: bool = False
-    xdp: bool = False
 
     @property
     def is_up(self) -> bool:
@@ -215,15 +213,12 @@ class Host:
             found = dict(attributes(answer, 16))
             info = dict(attributes(found.get(IFLA_LINKINFO, b"")))
             port = dict(attributes(info.get(IFLA_INFO_SLAVE_DATA, b"")))
-            xdp = dict(attributes(found.get(IFLA_XDP, b"")))
             yield Link(number, text(found.get(IFLA_IFNAME, b"\0")), kind, text(info.get(IFLA_INFO_KIND, b"\0")),
                        _little(found.get(IFLA_GROUP, b"")), str(_little(found.get(IFLA_MASTER, b"")) or ""), flags,
                        _little(found.get(IFLA_MTU, b"")), mac_text(found.get(IFLA_ADDRESS, b"")),
-                       _little(found.get(IFLA_LINK, b"")), IFLA_LINK_NETNSID in found,
+                       _little(found.get(IFLA_LINK, b"")),
                        _little(port.get(IFLA_BRPORT_STATE, bytes((BR_STATE_FORWARDING,)))),
-                       bool(_little(port.get(IFLA_BRPORT_MODE, b""))),
-                       bool(_little(port.get(IFLA_BRPORT_ISOLATED, b""))),
-                       bool(_little(xdp.get(2, b""))))
+                       bool(_little(port.get(IFLA_BRPORT_MODE, b""))))
 
     def _addresses(self) -> Iterator[Address]:
         for answer in self._netlink.dump(RTM_GETADDR, bytes(8)):
@@ -312,9 +307,6 @@ def _little(data: bytes) -> int:
 
 
 # --- sockets --------------------------------------------------------------------------------------------------
-
-PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
-
 
 def listeners(protocol: str) -> list[Listener]:
     """The sockets of the namespace that this process is in that wait for clients, by sock_diag or by /proc/net."""

@@ -10,7 +10,7 @@ import posix
 from ..cni import NFT_REFUSED, CniError, is_name
 from ..reference import ENTRIES, HOSTPORT, IPTABLES, LEGACY, NAT, NFTABLES, RULES, Leftover, chains_of, owner_in
 from . import EBUSY, ENOENT, ERESTART
-from .batch import END, NFT_MSG_DELCHAIN, begin, send
+from .batch import END, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE, begin, send
 from .expressions import NFTA_MATCH_INFO, NFTA_MATCH_NAME, DnatRule, expressions, jump_of
 from .kernel import legacy_may_have
 from .netlink import Socket, attribute, attributes, named
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     Wanted = Callable[[str, str], bool]  # of a container's network ("" where it is not recorded) and ID
 
 NFPROTO = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
-NFT_MSG_DELRULE = 10 << 8 | 8  # NFNL_SUBSYS_NFTABLES
 
 
 def leftovers(netlink: Socket, wanted: "Wanted", own: tuple[str, str] = ("", "")) -> list[Leftover]:

@@ -5,6 +5,7 @@ Through netlink, since nft's JSON takes three seconds with 10,000 containers.
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..attachment import is_localhost
 from ..linux.expressions import DnatRule, dnat_rules, packets_in
 from ..linux.kernel import Kernel
 from ..linux.table import record_in
@@ -46,7 +47,7 @@ class Published(NamedTuple):
         """Who reaches it, as far as its address goes: "world", one "address" of this host, or "localhost"."""
         if self.host_ip in ("0.0.0.0", "::"):
             return "world"
-        return "localhost" if self.host_ip == "::1" or self.host_ip.startswith("127.") else "address"
+        return "localhost" if is_localhost(self.host_ip) else "address"
 
 
 def published(kernel: Kernel) -> list[Published]:

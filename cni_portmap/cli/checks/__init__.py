@@ -7,6 +7,9 @@ container.py   does the container answer
 links.py       does this host lead there
 rules.py       whose rules drop it, or lead it elsewhere
 localhost.py   this host's own localhost
+
+Beside them: probe.py, for --probe; podman.py, which plugin podman calls; drawing.py, a picture of all hooks;
+catalogue.py, this list for the documentation.
 """
 from collections.abc import Iterator
 

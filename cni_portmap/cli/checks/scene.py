@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ... import ruleset
+from ...attachment import is_localhost
 from ...firewall.claims import Claim
 from ...firewall.journey import Journey, Traveller
 from ...firewall.packet import Packet
@@ -59,7 +60,7 @@ class Target(NamedTuple):
     @property
     def is_localhost(self) -> bool:
         """Whether it is published on this host's localhost alone."""
-        return self.host_ip == "::1" or self.host_ip.startswith("127.")
+        return is_localhost(self.host_ip)
 
     @property
     def number(self) -> int:
