@@ -31,7 +31,7 @@ VERBS = {
 # The specification's keys of a configuration that anything here reads.
 KEYS = ("cniVersion", "name", "type", "prevResult", "runtimeConfig", "cni.dev/valid-attachments", "cni.dev/attachments")
 
-# Error codes: 1 to 99 are the specification's (section 5), 100 and above ours; the README explains each.
+# Error codes: 1 to 99 are the specification's (section 5), 100 and above ours: docs/troubleshooting.md explains each.
 INCOMPATIBLE_VERSION = 1
 INVALID_ENVIRONMENT = 4
 IO_FAILURE = 5
