@@ -1,5 +1,6 @@
 """scripts/install: twice, over itself while it is in use, beside others' files, and away again; and the pip package."""
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import pathlib
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -379,6 +381,46 @@ def test_killed_at_any_moment_leaves_a_plugin(site):
     assert (site.bin / "portmap").read_text() == "#!/bin/sh\necho theirs\n"
 
 
+@pytest.mark.parametrize("options", [[], ["--uninstall"]])
+def test_power_cut(site, tmp_path, options):
+    """What takes the plugin's place, and what is kept of it, is on the disk before the switch.
+
+    Otherwise a file may be there after a power cut that has no bytes. And what was kept goes only after the switch is
+    on the disk, too.
+    """
+    site.bin.mkdir()
+    shutil.copy(REFERENCE, site.bin / "portmap")
+    if options:
+        site.install()
+    trace = tmp_path / "trace"
+    lab.run("strace", "-f", "-qqq", "-o", trace, "-e", "trace=syncfs,rename,renameat,renameat2,unlink,unlinkat",
+            lab.ROOT / "scripts/install", "--prefix", site.lib, "--bin-dir", site.bin, "--sbin-dir", site.sbin,
+            *options)
+    kept = f"{site.lib}/.cni-portmap/kept/{str(site.bin / 'portmap').replace('/', '%')}"
+    steps = ""
+    for line in trace.read_text().splitlines():
+        if "syncfs(" in line:
+            steps += "s"
+        elif f'{site.bin}/portmap"' in line and "rename" in line:
+            steps += "P"
+        elif f'{kept}"' in line:
+            steps += "K"
+    assert re.search("Ks+P" if not options else "^[^P]*s+P[^K]*s+[^K]*K", steps), steps
+
+
+def test_waits_for_the_bundles_installer(site):
+    """Which may be watching, and would put its own back at once; and for no ordinary user, who could wait for ever."""
+    (site.bin / ".cni-portmap").mkdir(parents=True)
+    theirs, ours = site.bin / ".cni-portmap/lock", site.lib / ".cni-portmap/lock"
+    with theirs.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen([lab.ROOT / "scripts/install", "--prefix", site.lib, "--bin-dir", site.bin,
+                                    "--sbin-dir", site.sbin], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == f"waiting for another installer, which has locked {theirs}\n"
+        assert not (site.bin / "portmap").exists() and stat.S_IMODE(ours.stat().st_mode) == 0o600
+    assert "installed" in process.communicate(timeout=60)[0] and works(site.bin / "portmap")
+
+
 def broken_python(site, tmp_path):
     """The new plugin does not run there: a file system without executables."""
     site.bin.mkdir()
@@ -408,6 +450,15 @@ def everybodys(site, tmp_path):
     return "chmod o-w", {}
 
 
+def of_a_package(site, tmp_path):
+    """dpkg would delete ours with it, and our uninstaller its."""
+    site.bin.mkdir()
+    there = 'sys.path.insert(0, "/usr/share/cni-portmap")'
+    (site.bin / "portmap").write_text(re.sub(r"(?m)^sys\.path\.insert.*", there,
+                                             (lab.ROOT / "scripts/portmap").read_text()))
+    return "is of the package cni-portmap", {}
+
+
 def no_systemctl(site, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -418,7 +469,8 @@ def no_systemctl(site, tmp_path):
     return "no systemctl", {"env": {"PATH": str(tools)}}
 
 
-@pytest.mark.parametrize("break_it", [broken_python, read_only, a_folder, a_file, everybodys, no_systemctl])
+@pytest.mark.parametrize("break_it", [broken_python, read_only, a_folder, a_file, everybodys, of_a_package,
+                                      no_systemctl])
 def test_nothing_is_written_where_it_cannot_work(site, tmp_path, break_it):
     """One sentence, status 1, and all is as it was: everything is checked before anything is written."""
     says, how = break_it(site, tmp_path)
