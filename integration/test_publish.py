@@ -1,5 +1,6 @@
 """publish and unpublish: ports on a running container, that its runtime knows nothing of."""
 import json
+import os
 import pathlib
 
 import lab
@@ -108,6 +109,20 @@ def test_more_ports_and_fewer(clinic):
     assert clinic.command("unpublish", "web").returncode == 0
     assert "p/web" not in lab.table() and clinic.answers()
     assert "nothing of a container web was published" in refused(clinic, "unpublish", "web")
+
+
+def test_fewer_ports_of_one_interface(clinic):
+    """The port goes from the interface that has it, whichever of the container's networks libcni has cached first."""
+    published(clinic, "web", "9090:80", "9091:80")
+    document = json.loads(next(CACHE.iterdir()).read_text())
+    older = CACHE / "another-network"
+    ips = [{"address": ip["address"]} for ip in document["result"]["ips"]]
+    older.write_text(json.dumps({**document, "ifName": "eth1", "result": {"cniVersion": "1.0.0", "ips": ips}}))
+    os.utime(older, (0, 0))
+    done = clinic.command("unpublish", "web", "9090:80")
+    assert done.returncode == 0, done.stderr
+    assert "/eth1 {" not in lab.table()
+    assert not clinic.answers(port=9090, timeout=0.3) and clinic.answers(port=9091)
 
 
 def test_conflicts_are_refused(clinic):

@@ -163,6 +163,12 @@ def find(name: str, folders: Any, plugin: str, kernel: Kernel) -> dict[tuple[str
     return first
 
 
+def document_of(owner: Owner, folders: Any, plugin: str) -> dict[str, Any]:
+    """What libcni has cached of an owner's own interface, or would have."""
+    return next((each for each in documents(folders) if (each.get("containerId"), each.get("ifName")) ==
+                 (owner.container_id, owner.ifname)), None) or _document(owner, plugin)
+
+
 def _document(owner: Owner, plugin: str) -> dict[str, Any]:
     """What libcni would have cached of an owner: its addresses are read inside."""
     import base64

@@ -6,7 +6,7 @@ from ..cni import INVALID_ENVIRONMENT, CniError
 from ..libcni_cache import CACHE_DIRS, with_mappings
 from ..linux.kernel import Kernel
 from ..verbs.publish import operators_ports, owners_of, publish, unpublish
-from .publish import _key, ambiguous, container, find, keys_of, mapping, mappings_of
+from .publish import _key, ambiguous, container, document_of, keys_of, mapping, mappings_of
 from .shared_options import add_plugin
 
 HELP = "remove ports that cni-portmap publish has published"
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
         if not rest:
             unpublish(owner, kernel)
         elif len(rest) < len(there):
-            document, = find(owner.container_id, CACHE_DIRS, options.plugin, kernel).values()
+            document = document_of(owner, CACHE_DIRS, options.plugin)
             publish(with_mappings(document, rest, options.plugin, kernel), kernel)
     missing = [each for each in options.ports if keys_of(each).isdisjoint(map(_key, removed))]
     if missing:
