@@ -665,7 +665,7 @@ def left_alone_of(comments: "Iterable[str]") -> frozenset[int]:
 
 def is_comment_of_rule(comment: str) -> bool:
     """Whether a comment in an attachment's chain is that of a rule, and no part of the owner's record."""
-    return comment.startswith((_ON_LINK, _LEFT_ALONE))
+    return comment.startswith(_LEFT_ALONE) or bool(on_link_of([comment]))
 
 
 def share_on_link(comments: "list[str]", pairs: "Iterable[tuple[str, str]]", mark_bit: int) -> "tuple[int, list[str]]":

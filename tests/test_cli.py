@@ -1,4 +1,5 @@
 """The command, against a kernel that answers from memory: what it prints, and how it ends."""
+import argparse
 import json
 import re
 import subprocess
@@ -11,6 +12,8 @@ from helpers import ROOT, attachment, elements, verdicts
 from cni_portmap import ruleset
 from cni_portmap.cli import main as cli
 from cni_portmap.cli.checks.probe import probes
+from cni_portmap.cli.doctor import address
+from cni_portmap.cli.publish import mapping
 from cni_portmap.cni import CniError
 from cni_portmap.config import KEYS
 from cni_portmap.verbs.published import published, ranges
@@ -198,3 +201,27 @@ def test_keys_and_schema_agree():
     schema = json.loads((ROOT / "cni_portmap/portmap.schema.json").read_text())
     keys = {key for key in schema["properties"] if not key.startswith("cni.dev/")} - RUNTIMES
     assert {*KEYS} == keys
+
+
+@pytest.mark.parametrize("text, ip", [
+    ("9090:80", ""), ("127.0.0.1:9090:80", "127.0.0.1"), ("[::1]:9090:80/udp", "::1"), ("::1:9090:80", "::1"),
+    ("[::ffff:192.0.2.1]:9090:80", "192.0.2.1"), ("[2001:DB8::0]:9090:80", "2001:db8::")])
+def test_a_mapping_as_people_write_it(text, ip):
+    """Its address is as the plugin reads it: IPv4-mapped IPv6 is IPv4."""
+    assert mapping(text) == {"hostIP": ip, "hostPort": 9090, "containerPort": 80,
+                             "protocol": "udp" if text.endswith("/udp") else "tcp"}
+
+
+@pytest.mark.parametrize("text", ["80", "a:80", ":80:80x", "0:80", "80:65536", "80:80/", "80:80/icmp", "x:80:80",
+                                  "[fe80::1%eth0]:80:80", "1.2.3:80:80"])
+def test_what_is_no_mapping(text):
+    """It is refused with what is expected, before anything is looked for."""
+    with pytest.raises(argparse.ArgumentTypeError, match="expected "):
+        mapping(text)
+
+
+@pytest.mark.parametrize("text, packed", [("192.0.2.2", b"\xc0\0\2\2"), ("::ffff:192.0.2.2", b"\xc0\0\2\2"),
+                                          ("[fe80::1%eth0]", b"\xfe\x80" + bytes(13) + b"\1")])
+def test_an_address_as_people_write_it(text, packed):
+    """A server of both families logs IPv4 clients as IPv4-mapped: doctor looks at the ways of IPv4."""
+    assert address(text) == packed

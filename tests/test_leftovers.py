@@ -221,6 +221,8 @@ SAVED = f"""*nat
 -A {RELEASED_CHAINS[0]} -s 127.0.0.1/32 -p tcp -m tcp --dport 8080 -j CNI-HOSTPORT-SETMARK
 -A {RELEASED_CHAINS[0]} -d 127.0.0.1/32 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 10.88.0.2:80
 -A {RELEASED_CHAINS[0]} -p udp -m udp --dport 53 -j DNAT --to-destination 10.88.0.2:53
+-A {RELEASED_CHAINS[0]} -p tcp -m tcp --dport 80:90 -j DNAT --to-destination 10.88.0.2:80
+-A {RELEASED_CHAINS[0]} -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.88.0.2-10.88.0.9:80
 -A CNI-HOSTPORT-DNAT -p tcp -m comment --comment "dnat name: \\"testnet\\" id: \\"{'0123456789abcdef' * 4}\\"" -m \
 multiport --dports 8080 -j {RELEASED_CHAINS[0]}
 -A CNI-HOSTPORT-DNAT -p tcp -m comment --comment "dnat name: \\"x\\" id: \\"y\\"" -m multiport --dports 1 -j ACCEPT

@@ -242,6 +242,16 @@ def test_record_of_a_pod():
     assert "".join(comments).startswith(f"net={'n' * 60} netns=/run/netns/web#7 ")
 
 
+def test_a_record_in_pieces_that_look_like_rules():
+    """Whatever a pod is called, no piece of its record is taken for a rule's comment, wherever the pieces begin."""
+    for length in range(60, 100):
+        owner = attachment(PORT, gatewayModeV4="nat", environ={**VARIABLES, "CNI_ARGS": (
+            f"K8S_POD_NAMESPACE=shop;K8S_POD_NAME={'w' * length}on-link")})
+        owner.exposure[0].note = exposure.note_of(owner.exposure[0])
+        comments = ruleset.record_of(owner)
+        assert table.record_in([*comments, "on-link cni0 10.88.0.0/16"]) == "".join(comments), length
+
+
 FULL = "r" * ruleset.COMMENT_MAX
 
 

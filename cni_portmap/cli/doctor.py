@@ -4,7 +4,8 @@ import ipaddress
 import json
 import sys
 
-from ..cni import CniError
+from ..attachment import parse_ip
+from ..cni import CniError, ConfigError
 from ..linux.kernel import Kernel
 from ..ruleset import PROTOCOL_NUMBERS
 from .checks import Finding, Scene, examine
@@ -28,8 +29,8 @@ def port(text: str) -> tuple[int, str]:
 def address(text: str) -> bytes:
     """An address of one machine, packed."""
     try:
-        found = ipaddress.ip_address(text.strip("[]").partition("%")[0])
-    except ValueError:
+        found = ipaddress.ip_address(parse_ip(text.strip("[]").partition("%")[0], "")[1])
+    except ConfigError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an IPv4 or IPv6 address") from None
     if found.is_unspecified or found.is_multicast or found == ipaddress.IPv4Address("255.255.255.255"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected the address of one machine")

@@ -5,8 +5,8 @@ import json
 import sys
 from typing import Any
 
-from ..attachment import Attachment
-from ..cni import INVALID_CONFIG, INVALID_ENVIRONMENT, CniError, tell
+from ..attachment import Attachment, parse_ip
+from ..cni import INVALID_CONFIG, INVALID_ENVIRONMENT, CniError, ConfigError, tell
 from ..libcni_cache import CACHE_DIRS, Skipped, args_of, documents, with_mappings
 from ..linux import companion
 from ..linux.host import Host, inside, is_own_namespace, listeners
@@ -34,8 +34,8 @@ def mapping(text: str) -> Mapping:
             (protocol and protocol not in PROTOCOL_NUMBERS) or text.endswith("/"):
         raise wrong
     try:
-        shown = str(ipaddress.ip_address(ip.strip("[]"))) if ip else ""
-    except ValueError:
+        shown = parse_ip(ip.strip("[]"), "")[1] if ip else ""
+    except ConfigError:
         raise wrong from None
     return {"hostIP": shown, "hostPort": int(host), "containerPort": int(container), "protocol": protocol or "tcp"}
 

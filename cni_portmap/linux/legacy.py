@@ -57,9 +57,12 @@ def _forwards(family: int, words: "Sequence[str]") -> "Iterator[Forward]":
     """What a rule forwards, as iptables-save writes it."""
     ip = _after("--to-destination", words).rpartition(":")[0].strip("[]")
     host = _after("-d", words).partition("/")[0]
-    if ip:
-        yield (PROTOCOL_NUMBERS.get(_after("-p", words), 0), inet_pton(AF[family], host) if host else b"",
-               int(_after("--dport", words) or 0), inet_pton(AF[family], ip))
+    try:
+        if ip:
+            yield (PROTOCOL_NUMBERS.get(_after("-p", words), 0), inet_pton(AF[family], host) if host else b"",
+                   int(_after("--dport", words) or 0), inet_pton(AF[family], ip))
+    except (OSError, ValueError):  # a range of ports or addresses: somebody else's rule in a container's chain
+        return
 
 
 def _after(option: str, words: "Sequence[str]") -> str:
