@@ -216,8 +216,7 @@ class Healer:
                     its_chains, its_elements = self._heal(memory, words)
                     if memory is self.memories[0]:
                         chains, elements = its_chains, its_elements
-                    memory.damaged = False
-                elif not self._overrun:
+                if not (self._overrun or self.resting):  # else it is still to be done
                     memory.damaged = False
         finally:
             lock.release()

@@ -364,6 +364,23 @@ def test_a_wish(host, agent):
     assert back(before), agent.log
 
 
+def test_a_wish_while_a_heal_waits(host, agent):
+    """What is lost by then is restored after --resume."""
+    host.add(Pod("web", "8080:80"))
+    before = lab.table()
+    lab.nft("delete", "table", *TABLE.split())
+    assert back(before), agent.log
+    for _ in range(2):
+        flush()
+        assert back(before), agent.log
+    lab.nft("flush", "chain", *TABLE.split(), "guard")  # the fourth heal waits for a second
+    lab.nft("delete", "table", *TABLE.split())
+    assert agent.logs("agent --resume")
+    assert not lab.until(lab.table, 4)
+    host.command("agent", "--resume")
+    assert back(before), agent.log
+
+
 def test_a_wish_and_a_reload(host, tmp_path):
     """What makes the agent look at libcni's files is no reason to forget the wish; --resume is."""
     cache, web = Cache(tmp_path), Pod("web", "8080:80")

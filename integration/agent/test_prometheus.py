@@ -13,7 +13,7 @@ from lab.agent import Agent
 RULES = lab.ROOT / "conf/prometheus/cni-portmap.rules.yml"
 DASHBOARD = lab.ROOT / "conf/grafana/cni-portmap.json"
 CONFIG = """
-global: {{scrape_interval: 1s, evaluation_interval: 1s}}
+global: {{scrape_interval: 3s, evaluation_interval: 1s}}  # a scrape has as long to be answered
 rule_files: ["{rules}"]
 scrape_configs:
   - job_name: cni-portmap

@@ -70,7 +70,7 @@ def test_clients_that_nat_does_not_take(host, agent):
     host.add(Pod("web", "8080:80", conditionsV4=["-s", "192.0.2.0/24"]))
     assert lab.until(lambda: ("tcp", "", 8080) in seen())
     for _ in range(50):
-        with contextlib.suppress(ConnectionResetError), socket.create_connection(("127.0.0.1", 8080), 5) as client:
+        with contextlib.suppress(ConnectionResetError), socket.create_connection(("127.0.0.1", 8080), 30) as client:
             assert client.recv(1) == b""
     assert len(os.listdir(f"/proc/{agent.process.pid}/fd")) < 40
 

@@ -35,7 +35,7 @@ def test_ten_thousand(host):
         for number in 1, 2:
             lab.nft_script("flush ruleset")
             lab.keep_conntrack()
-            assert lab.until(lambda: agent.log.count("restored") == number, 60), agent.log  # noqa: B023
+            assert lab.until(lambda: agent.log.count("restored") == number, 180), agent.log  # noqa: B023
             assert lab.table() == before
         assert "reading the table again" not in agent.log
         web = Pod("web", "8080:80")
