@@ -196,11 +196,12 @@ class Owner:
 
     `link`: the host's end of its link as name#index, `pod`: what people call it; "" where that is not known. What this
     plugin could not have written is not known either: others may write into its chains. `record`: the text itself.
+    `handle`: of the record's rule, 0 for none: one that is written again has another, though the chain stays.
     """
 
-    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode", "link", "pod", "record")
+    __slots__ = ("chain", "container_id", "ifname", "network", "netns", "inode", "link", "pod", "record", "handle")
 
-    def __init__(self, chain: str, record: str) -> None:
+    def __init__(self, chain: str, record: str, handle: int = 0) -> None:
         fields = dict(field.partition("=")[::2] for field in record.split(" "))
         container_id, _, ifname = chain.partition("/")[2].partition("/")
         full = fields.get("id", ""), _unescape(fields.get("if", ""))
@@ -208,7 +209,8 @@ class Owner:
             container_id, ifname = full
         netns, _, inode = fields.get("netns", "").partition("#")
         network, pod = fields.get("net", ""), _unescape(fields.get("pod", ""))
-        self.chain, self.container_id, self.ifname, self.record = chain, container_id, ifname, record
+        self.chain, self.record, self.handle = chain, record, handle
+        self.container_id, self.ifname = container_id, ifname
         self.network = network if is_name(network) else ""
         self.netns = _unescape(netns)
         self.inode = int(inode) if _is_number(inode, 64) else 0
@@ -485,7 +487,7 @@ class Change:
         self.chains: list[str] = []
         self.elements: dict[Element, str] = {}
         self.maps: list[str] = []
-        self.stale_notes: list[tuple[str, bytes]] = []
+        self.stale_notes: list[tuple[str, int]] = []
         self.rules: dict[str, str] = {}
         self.leads: dict[Element, str] = {}
         self.notes: list[tuple[str, str, str]] = []
@@ -507,8 +509,7 @@ class Change:
         for chain in dict.fromkeys((*self.rules, *self.leads.values())):
             text += self.rules.get(chain, "")
             text += map_elements([element for element, its in self.leads.items() if its == chain], chain)
-        text += "".join(f"delete rule {TABLE} {chain} handle {int.from_bytes(handle, 'big')}\n"
-                        for chain, handle in self.stale_notes)
+        text += "".join(f"delete rule {TABLE} {chain} handle {handle}\n" for chain, handle in self.stale_notes)
         text += "".join(standby_note(*note) for note in self.notes)
         for chain, (index, rules) in self.inserted.items():
             text += "".join(f"insert rule {TABLE} {chain} index {index} {rule}\n" for rule in rules)

@@ -17,7 +17,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIABLES = {"CNI_CONTAINERID": "web-1", "CNI_NETNS": "/run/netns/web", "CNI_IFNAME": "eth0"}
 CHAIN = "c/web-1/eth0"  # of the attachment that they name
 INODE = 4026532001
-HANDLE = 7
 PORT = {"hostPort": 8080, "containerPort": 80}
 PREV_RESULT = {"cniVersion": "1.1.0",
                "interfaces": [{"name": "cni0"}, {"name": "eth0", "sandbox": "/run/netns/web"}],
@@ -38,15 +37,14 @@ class RecordingKernel:
                                        "namespace": INODE, "namespace_soon": INODE, "link": "", "has_link": True,
                                        "owner": lambda chain: ruleset.Owner(chain, ""), "waits": False, "glance": None,
                                        "judge": lambda owners: verdicts(owners, "alive"),
-                                       "handle": lambda chain: HANDLE, "handles": {}, "is_dormant": False,
-                                       "snapshot": [],
+                                       "is_dormant": False, "snapshot": [],
                                        "references": 0, "dry_run": "", "dry_run_apart": "",
                                        "port_in_use": False, "allow_localhost6": "",
                                        "has_set": False, "element_comments": {}, "members": [],
                                        "home_of": (("cni0",), False), "way_to": ("cni0", True, []),
                                        "localhost_obstacle": "", "localnet": True,
                                        "is_noted": True, "has_localhost6": True,
-                                       "wait_for": lambda owner, handle, seconds: seconds,  # in vain, and in no time
+                                       "wait_for": lambda owner, seconds: seconds,  # in vain, and in no time
                                        "local_addresses": set(), "noted_and_gone": [],
                                        "notes_interfaces": True, "has_table": True, "has_reference": False,
                                        "generation": 1, "write": True, "port_maps": []}

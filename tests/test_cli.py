@@ -36,10 +36,10 @@ def host(monkeypatch):
     rules, found = [], []
     for name, pod in pods.items():
         chain = ruleset.chain_of(name, "eth0")
-        rules.append((chain, ruleset.record_of(pod)[0], b""))
+        rules.append((chain, ruleset.record_of(pod)[0], b"", 1))
         ports = {port.host_port: port.container_port for port in pod.ports}
         groups = ({8080: 80}, {9000: 9000, 9001: 9001, 9002: 9002}) if name == "web" else (ports,)
-        rules += [(chain, "", json.dumps(group).encode() + b"nat\0") for group in groups]
+        rules += [(chain, "", json.dumps(group).encode() + b"nat\0", 2) for group in groups]
         found += [(element, chain) for element in elements(pod)]
 
     def dnat_rule(raw, _):

@@ -63,11 +63,12 @@ def reading(**tables):
 def test_owners():
     """Each attachment's chain has an owner, by the comments at its head; other chains have none."""
     full = "net=lab netns=/r".ljust(128, "r")
-    rules = [("output", "cni-portmap 1: x", b""), ("c/a/eth0", full, b""), ("c/a/eth0", "un#7", b""),
-             ("c/a/eth0", "", b""), ("c/a/eth0", "net=wrong", b""), ("c/b/eth0", "", b"")]
+    rules = [("output", "cni-portmap 1: x", b"", 1), ("c/a/eth0", full, b"", 9), ("c/a/eth0", "un#7", b"", 8),
+             ("c/a/eth0", "", b"", 2), ("c/a/eth0", "net=wrong", b"", 3), ("c/b/eth0", "", b"", 4)]
     found = reading(rules=lambda chain="": [rule for rule in rules if chain in ("", rule[0])])
     assert [(owner.chain, owner.network, owner.netns, owner.inode) for owner in found.owners()] == \
         [("c/a/eth0", "lab", f"{full[14:]}un", 7), ("c/b/eth0", "", "", 0)]
+    assert [owner.handle for owner in found.owners()] == [9, 4]
     assert found.owner("c/a/eth0").inode == 7 and found.comments("output") == ["cni-portmap 1: x"]
 
 
@@ -111,7 +112,7 @@ def rule_of(*parts):
 
 def pictured(chain, rules, sets=()):
     elements = [nested(3, *(nested(1, attribute(1, element)) for element in each)) for each in sets]
-    return reading(_chain=lambda name: chain, rules=lambda name: [("x", "comment", rule) for rule in rules],
+    return reading(_chain=lambda name: chain, rules=lambda name: [("x", "comment", rule, 1) for rule in rules],
                    _dump=lambda kind, body: [bytes(4) + elements[int(body.rstrip(b'\0')[-1:])]]).snapshot("x")
 
 
@@ -766,7 +767,7 @@ def test_a_chain_that_was_flushed_meanwhile(monkeypatch):
     """Where rules are to be inserted before one that is gone, nothing is written, and the call reads again."""
     kernel, change = Kernel(), ruleset.Change()
     change.chains, change.inserted = ["c/web/eth0"], {"c/web/eth1": (2, ["accept"])}
-    monkeypatch.setattr(kernel, "rule_handles", lambda chain: [])
+    monkeypatch.setattr(kernel, "rule_attributes", lambda chain: [])
     monkeypatch.setattr(kernel, "transact", None)
     monkeypatch.setattr(kernel, "_send", None)
     assert kernel.write(change, 7) is False

@@ -362,7 +362,7 @@ def test_release(forwards, state, force, released, why):
     web = attachment(PORT)
     theirs = left()
     theirs.forwards = [(6, b"", port, target) for port, target in forwards]
-    kernel = kernel_with(*[theirs] * bool(forwards), handles={CHAIN: 7}, handle=7, targets={CHAIN: {WEB}},
+    kernel = kernel_with(*[theirs] * bool(forwards), targets={CHAIN: {WEB}},
                          owners=[ruleset.Owner(CHAIN, "net=lab")], judge=lambda owners: verdicts(owners, state),
                          owned_elements=lambda chains: [(element, CHAIN) for element in elements(web) if [*chains]])
     done = adopting.release(kernel, force=force)

@@ -5,7 +5,7 @@ import socket
 import types
 
 import pytest
-from helpers import (CHAIN, HANDLE, INODE, PORT, VARIABLES, RecordingKernel, attachment, base, base_comments,
+from helpers import (CHAIN, INODE, PORT, VARIABLES, RecordingKernel, attachment, base, base_comments,
                      configuration, elements, respond, verdicts)
 
 from cni_portmap import cni, ruleset
@@ -250,7 +250,8 @@ def test_judged_without_the_lock():
     assert add(kernel) is None
     assert "judge" not in locked(kernel) and len(kernel.named("lock")) == 2
     handles = iter([1, 2, 3, 3, 3, 3])  # it is rewritten while it is judged
-    kernel = taken(judge=dead, handle=lambda chain: next(handles))
+    kernel = taken(judge=dead)
+    kernel.answers["owner"] = lambda chain: ruleset.Owner(chain, OTHER_RECORD, next(handles) if chain == OTHER else 0)
     assert add(kernel) is None
     assert len(kernel.named("judge")) == 2
 
@@ -282,7 +283,7 @@ def test_a_namesake_in_another_network(record, verdict, refused):
     assert not refused or (error.code == 101 and "network other" in error.msg)
 
 
-def waits(pod="", record=OTHER_RECORD, wait_for=lambda owner, handle, seconds: seconds, **answers):
+def waits(pod="", record=OTHER_RECORD, wait_for=lambda owner, seconds: seconds, **answers):
     kernel = taken(record=record, wait_for=wait_for, **answers)
     error = add(kernel, environ={**VARIABLES, "CNI_ARGS": pod})
     return kernel, error, [seconds for *_, seconds in kernel.named("wait_for")]
@@ -307,7 +308,7 @@ def test_an_owner_that_goes():
     """The wait ends with the owner, and then the port is published."""
     table = dict.fromkeys(elements(WEB), OTHER)
 
-    def goes(owner, handle, seconds):
+    def goes(owner, seconds):
         table.clear()
         return 0.3
     kernel = RecordingKernel(**holding(table), wait_for=goes)
@@ -316,7 +317,7 @@ def test_an_owner_that_goes():
 
 def test_one_owner_is_waited_for_in_pieces():
     """An owner is waited for once, however often its chain changes."""
-    _, error, waited = waits(wait_for=lambda owner, handle, seconds: min(seconds, 0.75))
+    _, error, waited = waits(wait_for=lambda owner, seconds: min(seconds, 0.75))
     assert waited == [2, 1.25, 0.5] and "waited 2 s" in error.msg
 
 
@@ -326,7 +327,7 @@ def test_each_owner_has_its_time():
     owned = {f"c/owner{port['hostPort']}/eth0": elements(attachment(port)) for port in ports}
     table = {element: chain for chain, its in owned.items() for element in its}
 
-    def goes(owner, handle, seconds):
+    def goes(owner, seconds):
         for element in owned[owner.chain]:
             del table[element]
         return 1.75
@@ -498,7 +499,7 @@ def test_next_sandbox_again():
     notes = ["net=lab", "also on eth0 of gone", "also on eth0 of web-1", ""]
     kernel = taken(record=LAST_RECORD, comments=lambda chain: {**base_comments(), OTHER: notes}.get(chain, []),
                    has_chain=lambda chain: chain in (*ruleset.SHARED, OTHER, CHAIN),
-                   handles_and_comments=[(bytes((index,)), note) for index, note in enumerate(notes)])
+                   rules=[(OTHER, note, b"", index) for index, note in enumerate(notes)])
     assert following(kernel) is None
     assert "continue" not in kernel.written[0] and kernel.written[0].count("delete rule") == 1
     assert f"delete rule inet cni_portmap {OTHER} handle 1\n" in kernel.written[0]
@@ -880,7 +881,6 @@ def test_delete_whatever_the_request(keys):
 
 OWNERS = [ruleset.Owner("c/a/eth0", "net=lab"), ruleset.Owner("c/a/eth1", "net=lab"),
           ruleset.Owner("c/b/eth0", "net=lab"), ruleset.Owner("c/c/eth0", "net=x"), ruleset.Owner("c/d/eth0", "")]
-HANDLES = {owner.chain: HANDLE for owner in OWNERS}
 
 
 @pytest.mark.parametrize("valid, removed", [
@@ -889,28 +889,28 @@ HANDLES = {owner.chain: HANDLE for owner in OWNERS}
     ({("c", "eth0"), ("a", "eth2")}, ["c/a/eth0", "c/a/eth1", "c/b/eth0"])])
 def test_gc(valid, removed):
     """Stale attachments of this network go; those of other networks and unknown owners stay."""
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True)
     gc("lab", valid, kernel)
     assert kernel.written == ([ruleset.detach(removed, [])] if removed else [])
 
 
 def test_gc_spares_what_was_written_meanwhile():
     """The listed chains are removed, not those that have come back since under the same names."""
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES,
-                             handle=lambda chain: HANDLE + (chain == "c/a/eth0"))
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True,
+                             owner=lambda chain: ruleset.Owner(chain, "", 9 if chain == "c/a/eth0" else 0))
     gc("lab", set(), kernel)
     assert kernel.written == [ruleset.detach(["c/a/eth1", "c/b/eth0"], [])]
 
 
 def test_prune():
     """The dead go, the others are told; nothing is judged under the lock."""
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=lambda owners: {
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, judge=lambda owners: {
         owner.chain: ("dead" if owner.container_id in "ab" else "unknown", "") for owner in owners})
     found, refused = prune(kernel)
     assert refused == []
     assert [state for _, (state, _) in found] == ["dead"] * 3 + ["unknown"] * 2 and "judge" not in locked(kernel)
     assert kernel.written == [ruleset.detach(["c/a/eth0", "c/a/eth1", "c/b/eth0"], [])]
-    again = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
+    again = RecordingKernel(owners=OWNERS, has_chain=True, judge=dead)
     assert len(prune(again, dry_run=True)[0]) == 5 and again.written == []
 
 
@@ -920,10 +920,10 @@ def test_prune_goes_on():
         if "c/a/eth0" in change.chains:
             raise cni.CniError(100, "refused")
         return True
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead, write=refuse)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, judge=dead, write=refuse)
     found, refused = prune(kernel)
     assert len(found) == 5 and [(owner.chain, error.code) for owner, error in refused] == [("c/a/eth0", 100)]
-    assert kernel.written[1:] == [ruleset.detach([chain], []) for chain in HANDLES if chain != "c/no"][:5]
+    assert kernel.written[1:] == [ruleset.detach([chain], []) for chain in (owner.chain for owner in OWNERS)]
 
 
 @pytest.mark.parametrize("remove", [prune, lambda kernel: gc("lab", set(), kernel)])
@@ -931,7 +931,7 @@ def test_who_waits_for_the_lock_in_vain_does_not_go_on(remove):
     """Each of the others would wait 30 seconds, too."""
     def lock():
         raise cni.CniError(11, "timed out")
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, judge=dead)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, judge=dead)
     kernel.lock = lock
     with pytest.raises(cni.CniError, match="timed out"):
         remove(kernel)
@@ -945,7 +945,7 @@ def test_gc_goes_on():
         return True
     def leftovers(*_):
         raise cni.CniError(100, "the reference's rules are refused, too")
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES, write=write, has_reference=True,
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True, write=write, has_reference=True,
                              leftovers=leftovers)
     with pytest.raises(cni.CniError) as caught:
         gc("lab", set(), kernel)
@@ -957,7 +957,7 @@ def test_gc_goes_on():
                                            ({"cni.dev/valid-attachments": []}, True)])
 def test_gc_absent_list(keys, touched):
     """Without a list nothing is even read."""
-    kernel = RecordingKernel(owners=OWNERS, has_chain=True, handles=HANDLES)
+    kernel = RecordingKernel(owners=OWNERS, has_chain=True)
     assert respond("GC", configuration(**keys), kernel, environ={}) == (0, None)
     assert bool(kernel.calls) == touched == bool(kernel.written)
 
@@ -1399,7 +1399,7 @@ FAULTS = {"first-add": ("ADD", UDP, {}), "add": ("ADD", UDP, INTACT), "add-again
           "takeover": ("ADD", UDP, holding(DEAD, judge=dead)), "del": ("DEL", configuration(), holding(FULL)),
           "check": ("CHECK", configuration(PORT), "intact"), "status": ("STATUS", configuration(), INTACT),
           "gc": ("GC", configuration(**{"cni.dev/valid-attachments": []}),
-                 {**holding(FULL), "owners": OWNERS, "has_chain": True, "handles": HANDLES})}
+                 {**holding(FULL), "owners": OWNERS, "has_chain": True})}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -487,10 +487,8 @@ def audit(healed: list[str], deleted: list[str], handles: dict[str, int]) -> lis
 def collect(before: dict[str, int]) -> tuple[list[str], dict[str, int]]:
     """Remove the dead that were dead already, see `prune`; in lines, and all that are dead by now."""
     kernel = Kernel()
-    handles = kernel.handles()
     found, _ = prune(kernel, dry_run=True)
-    dead = {owner.chain: handles[owner.chain] for owner, (state, _) in found
-            if state == "dead" and owner.chain in handles}
+    dead = {owner.chain: owner.handle for owner, (state, _) in found if state == "dead"}
     both = {chain: handle for chain, handle in dead.items() if before.get(chain) == handle}
     if not both:
         return [], dead

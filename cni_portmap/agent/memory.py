@@ -105,7 +105,7 @@ class Chain:
     @property
     def first(self) -> int:
         """What `Table.handle` says of it."""
-        return min(self.rules.keys() - self.lost, default=0)
+        return next((handle for handle in self.rules if handle not in self.lost), 0)
 
     @property
     def is_emptied(self) -> bool:

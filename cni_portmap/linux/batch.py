@@ -34,12 +34,14 @@ NFTA_VERDICT_CODE, NFT_JUMP, NFT_GOTO, NFT_CONTINUE = 1, -3, -4, -1
 NFTA_EXPR_NAME, NFTA_EXPR_DATA, NFTA_IMMEDIATE_DREG, NFTA_IMMEDIATE_DATA = 1, 2, 1, 2
 NFT_REG_VERDICT = 0
 NFTA_RULE_POSITION = 6
+NFTA_SET_KEY_LEN, NFTA_SET_DATA_LEN = 5, 7
 NFTA_SET_ID, NFTA_SET_ELEM_LIST_SET_ID, NFTA_LOOKUP_SET, NFTA_LOOKUP_SET_ID = 10, 4, 1, 4
 # What makes a set what it is: flags, types and lengths of key and data, policy, description, user data, expressions.
 _SET_ATTRIBUTES = (3, 4, 5, 6, 7, 8, 9, 13)
 _ELEMENT_ATTRIBUTES = (1, 2, 3, 6, 10)  # key, data, flags, user data, end of the key's range
 ANONYMOUS = b"__set%d\0"  # the kernel gives it its number
 LIST_MAX = 60000  # bytes of elements in a message: an attribute ends at 64 KiB
+_COUNTER, _LOOKUP = (named(NFTA_EXPR_NAME, name) for name in ("counter", "lookup"))  # begin such an expression
 
 
 def commands(generation: int, change: "Change", created: "Iterable[Command]" = (),
@@ -49,7 +51,7 @@ def commands(generation: int, change: "Change", created: "Iterable[Command]" = (
     `created`: those of `copies`, for the rules that it has. `kept`: of the chains that go and come again, those that
     get other rules, and keep what leads there. So a packet meets the old rules or the new ones: one that was under way
     before the commit would find a new chain empty (kernel function nft_do_chain: its generation is that of its start).
-    What stays is added all the same, for somebody may have deleted it meanwhile.
+    Elements that stay are added all the same, for somebody may have deleted them meanwhile.
     """
     forgotten = [(ruleset.LOCALHOST_INTERFACES, ruleset.key_of_interface(name)) for name in change.forgotten]
     staying = {element for element, chain in change.elements.items()
@@ -61,8 +63,8 @@ def commands(generation: int, change: "Change", created: "Iterable[Command]" = (
              *_elements(NFT_MSG_DELSETELEM, 0, [*going, *forgotten], "delete element"),
              *_members(NFT_MSG_DELSETELEM, 0, {member: "" for member in change.removed if member not in members},
                        "delete element"),
-             *(command for chain in change.chains for command in _gone(chain, chain in kept)),
-             *(_delete_map(name) for name in change.maps), *created]
+             *(_chain(NFT_MSG_DELCHAIN, 0, chain, "delete") for chain in change.chains if chain not in kept),
+             *(_delete_map(name) for name in change.maps if name.rpartition("/")[0] not in kept), *created]
     for chain in dict.fromkeys(change.leads.values()):
         its = [element for element, its_chain in change.leads.items() if its_chain == chain]
         for flags, stays in (NLM_F_CREATE, True), (NLM_F_CREATE | NLM_F_EXCL, False):
@@ -76,7 +78,7 @@ def commands(generation: int, change: "Change", created: "Iterable[Command]" = (
     for flags, stays in (NLM_F_CREATE, True), (NLM_F_CREATE | NLM_F_EXCL, False):
         comments = {member: comment for member, comment in change.created.items() if (member in members) == stays}
         found += _members(NFT_MSG_NEWSETELEM, flags, comments, "create element")
-    found += (_delete_rule(*note) for note in change.stale_notes)
+    found += (_delete_rule(chain, handle.to_bytes(8, "big")) for chain, handle in change.stale_notes)
     return [*found, *(_note(*note) for note in change.notes), END]
 
 
@@ -94,25 +96,43 @@ def delete_table() -> "Command":
     return NFT_MSG_DELTABLE, 0, body, f"delete table {ruleset.TABLE}"
 
 
-def copies(written: "Table", places: "Mapping[str, bytes]", kept: "Container[str]" = ()) -> "Iterator[Command]":
+def copies(written: "Table", there: "Table", places: "Mapping[str, bytes]", kept: "Container[str]" = ()) \
+        -> "Iterator[Command]":
     """Commands that create what somebody has `written` apart, as `Change.apart` says it: chains with their rules.
 
-    `places`: of chains that rules are inserted into, the handle of the rule that they come before; `kept`: as in
-    `commands`.
+    `there`: the table where they come; `places`: of chains that rules are inserted into, the handle of the rule that
+    they come before; `kept`: as in `commands`. Of a chain that is kept, equal rules stay, with their sets, and so does a
+    map of ports. A set that comes or goes lacks elements for a packet that is under way during the commit: that of a
+    new rule may be filled after it, and a map that goes is emptied before (kernel functions nft_set_commit_update,
+    nft_map_deactivate).
     """
     sets = 0
     chains: dict[str, list[dict[int, bytes]]] = {}
     for rule in written.rule_attributes(""):
         chains.setdefault(text(rule[NFTA_RULE_CHAIN]), []).append(rule)
     for chain, rules in chains.items():
-        for name in written.port_maps([chain]):
-            yield from _copy_of_set(written, name)
+        theirs = there.rule_attributes(chain) if chain in kept else []
+        staying: dict[int, int] = {}
         place = b""
         if chain in places:
             place = attribute(NFTA_RULE_POSITION, places[chain])
-        elif chain not in kept:
+        elif chain in kept:
+            yield _chain(NFT_MSG_NEWCHAIN, NLM_F_CREATE, chain, "add")  # the agent learns that its owner comes
+            staying = _staying([_comparable(rule, there) for rule in theirs],
+                               [_comparable(rule, written) for rule in rules])
+            stay = {*staying.values()}
+            yield from (_delete_rule(chain, rule[NFTA_RULE_HANDLE]) for index, rule in enumerate(theirs)
+                        if index not in stay)
+        else:
             yield _chain(NFT_MSG_NEWCHAIN, NLM_F_CREATE | NLM_F_EXCL, chain, "create")
-        for rule in rules:
+        yield from _port_maps(chain, written, there, there.port_maps([chain]) if chain in kept else ())
+        coming = []
+        for index in reversed(range(len(rules))):
+            if index in staying:
+                place = attribute(NFTA_RULE_POSITION, theirs[staying[index]][NFTA_RULE_HANDLE])
+            else:
+                coming.append((rules[index], place))
+        for rule, place in reversed(coming):
             expressions = []
             for _, raw in attributes(rule.get(NFTA_RULE_EXPRESSIONS, b"")):
                 name = _anonymous_set(raw)
@@ -123,12 +143,53 @@ def copies(written: "Table", places: "Mapping[str, bytes]", kept: "Container[str
             yield _rule(chain, b"".join(expressions), rule.get(NFTA_RULE_USERDATA, b""), place)
 
 
+def _comparable(rule: dict[int, bytes], table: "Table") -> "tuple[object, ...]":
+    """What equal rules have in common: not what counters say, nor how the kernel has named a set; () for a comment."""
+    found: list[object] = []
+    for _, raw in attributes(rule.get(NFTA_RULE_EXPRESSIONS, b"") if NFTA_RULE_USERDATA not in rule else b""):
+        name = _anonymous_set(raw)
+        found += [_lookup_in(0, raw), *sorted(table.raw_elements(name))] if name else \
+            [_COUNTER if raw.startswith(_COUNTER) else raw]
+    return tuple(found)
+
+
+def _staying(old: "Sequence[tuple[object, ...]]", new: "Sequence[tuple[object, ...]]") -> dict[int, int]:
+    """The places of the `new` rules that are among the `old` in the same order, each with its place there."""
+    places = {rule: place for place, rule in reversed([*enumerate(old)]) if rule}
+    found: dict[int, int] = {}
+    last = -1
+    for place, rule in enumerate(new):
+        if places.get(rule, -1) > last:
+            found[place] = last = places[rule]
+    return found
+
+
+def _port_maps(chain: str, written: "Table", there: "Table", old: "Sequence[str]") -> "Iterator[Command]":
+    """The maps of ports of a chain, in place of the `old` ones that are there: of the same sizes they stay."""
+    names = written.port_maps([chain])
+    staying = [name for name in old if name in names and _sizes(name, there) == _sizes(name, written)]
+    yield from (_delete_map(name) for name in old if name not in staying)
+    for name in names:
+        if name not in staying:
+            yield from _copy_of_set(written, name)
+            continue
+        old_elements, elements = ({*table.raw_elements(name)} for table in (there, written))
+        for kind, flags, some in ((NFT_MSG_DELSETELEM, 0, old_elements - elements),
+                                  (NFT_MSG_NEWSETELEM, NLM_F_CREATE, elements - old_elements)):
+            verb = "add" if flags else "delete"
+            yield from _raw_elements(kind, flags, {name: [*map(_copy_of_element, sorted(some))]}, f"{verb} element")
+
+
+def _sizes(name: str, table: "Table") -> "list[bytes | None]":
+    found = table.set_attributes(name) or {}
+    return [found.get(kind) for kind in (NFTA_SET_KEY_LEN, NFTA_SET_DATA_LEN)]
+
+
 def _anonymous_set(expression: bytes) -> str:
     """The name that the kernel gave to a set without one, such as __set0, that an expression looks up; or ""."""
-    found = dict(attributes(expression))
-    if found.get(NFTA_EXPR_NAME) != b"lookup\0":
+    if not expression.startswith(_LOOKUP):
         return ""
-    name = text(dict(attributes(found[NFTA_EXPR_DATA]))[NFTA_LOOKUP_SET])
+    name = text(dict(attributes(dict(attributes(expression))[NFTA_EXPR_DATA]))[NFTA_LOOKUP_SET])
     return name if name.startswith("__") else ""
 
 
@@ -149,12 +210,15 @@ def _copy_of_set(written: "Table", name: str, number: int = 0) -> "Iterator[Comm
     body = b"".join(attribute(kind, found[kind]) for kind in _SET_ATTRIBUTES if kind in found)
     yield NFT_MSG_NEWSET, NLM_F_CREATE, head + body + attribute(NFTA_SET_ID, number.to_bytes(4, "big")), \
         f"add set {what}"
-    raw = [nested(NFTA_LIST_ELEM, *(attribute(kind, value) for kind, value in attributes(element)
-                                    if kind in _ELEMENT_ATTRIBUTES)) for element in written.raw_elements(name)]
-    for some in _pieces(raw):
+    for some in _pieces(map(_copy_of_element, written.raw_elements(name))):
         yield NFT_MSG_NEWSETELEM, NLM_F_CREATE, head + \
             attribute(NFTA_SET_ELEM_LIST_SET_ID, number.to_bytes(4, "big")) + \
             nested(NFTA_SET_ELEM_LIST_ELEMENTS, some), f"add elements {what}"
+
+
+def _copy_of_element(element: bytes) -> bytes:
+    return nested(NFTA_LIST_ELEM, *(attribute(kind, value) for kind, value in attributes(element)
+                                    if kind in _ELEMENT_ATTRIBUTES))
 
 
 def _delete_map(name: str) -> "Command":
@@ -225,17 +289,9 @@ def _rule(chain: str, expressions: bytes, userdata: bytes, place: bytes = b"") -
     return NFT_MSG_NEWRULE, NLM_F_CREATE | (0 if place else NLM_F_APPEND), body, f"add rule {ruleset.TABLE} {chain}"
 
 
-def _gone(chain: str, is_kept: bool) -> "list[Command]":
-    """A chain that goes, or only its rules: then it is named itself, too, and the agent learns that its owner comes."""
-    if is_kept:
-        return [_chain(NFT_MSG_NEWCHAIN, NLM_F_CREATE, chain, "add"), _delete_rule(chain)]
-    return [_chain(NFT_MSG_DELCHAIN, 0, chain, "delete")]
-
-
-def _delete_rule(chain: str, handle: bytes = b"") -> "Command":
-    """The rule with this handle, else all rules of the chain."""
+def _delete_rule(chain: str, handle: bytes) -> "Command":
     body = NFGENMSG + named(NFTA_RULE_TABLE, ruleset.TABLE_NAME) + named(NFTA_RULE_CHAIN, chain) + \
-        (attribute(NFTA_RULE_HANDLE, handle) if handle else b"")
+        attribute(NFTA_RULE_HANDLE, handle)
     return NFT_MSG_DELRULE, 0, body, f"delete rule {ruleset.TABLE} {chain}"
 
 

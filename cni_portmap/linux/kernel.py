@@ -10,7 +10,8 @@ from ..cni import INVALID_CONFIG, IO_FAILURE, NFT_REFUSED, TRY_AGAIN_LATER, CniE
 from . import (EACCES, EADDRINUSE, EAFNOSUPPORT, EHOSTUNREACH, EINVAL, EMSGSIZE, ENETUNREACH, ENODEV, ENOENT, ENOTDIR,
                ENXIO, EOPNOTSUPP, EPERM, ERESTART, HINTS, read, system_error)
 from .netlink import named
-from .table import NFPROTO_IPV4, NFPROTO_IPV6, NFT_MSG_GETCHAIN, NFTA_CHAIN_NAME, NFTA_CHAIN_TABLE, Table
+from .table import (NFPROTO_IPV4, NFPROTO_IPV6, NFT_MSG_GETCHAIN, NFTA_CHAIN_NAME, NFTA_CHAIN_TABLE,
+                    NFTA_RULE_HANDLE, Table)
 
 TYPE_CHECKING = False  # typing costs 2 ms; type checkers take this name as true
 if TYPE_CHECKING:
@@ -229,13 +230,13 @@ class Kernel(Table):
         from .alive import judge
         return judge(owners, self.has_link, self.namespace_soon)
 
-    def wait_for(self, owner: "Owner", handle: int, seconds: float) -> float:
-        """Wait until an owner's chain, which has this handle, has changed or its link has gone; the seconds that took.
+    def wait_for(self, owner: "Owner", seconds: float) -> float:
+        """Wait until an owner's chain has changed or its link has gone; the seconds that took.
 
         Not longer than `seconds`, and never under the lock.
         """
         from .alive import until
-        return until(lambda: self.handle(owner.chain) != handle or
+        return until(lambda: self.handle(owner.chain) != owner.handle or
                      bool(owner.link and self.has_link(owner.link) is False), seconds)
 
     # --- the reference plugin ---
@@ -275,7 +276,8 @@ class Kernel(Table):
     # --- writing ---
 
     def lock(self) -> Lock:
-        """The lock to hold between reading and writing."""
+        """The lock to hold between reading and writing. What was read before is read again."""
+        self._kept = None
         return Lock()
 
     def transact(self, text: str) -> None:
@@ -297,14 +299,15 @@ class Kernel(Table):
         from .batch import commands, copies
         created = []
         kept = {chain for chain in change.chains if chain in change.rules and not self.is_hooked(chain)}
-        places = {chain: self.rule_handles(chain)[index:index + 1] for chain, (index, _) in change.inserted.items()}
+        places = {chain: [rule[NFTA_RULE_HANDLE] for rule in self.rule_attributes(chain)[index:index + 1]]
+                  for chain, (index, _) in change.inserted.items()}
         if not all(places.values()):  # somebody has flushed one of these chains
             return False
         if change.rules or change.inserted:
             try:
                 with self.empty_namespace() as empty:
                     empty.transact(change.apart())
-                    created = [*copies(empty, {chain: place for chain, (place,) in places.items()}, kept)]
+                    created = [*copies(empty, self, {chain: place for chain, (place,) in places.items()}, kept)]
             except CniError:  # its conditions name an interface of this host by index; or no right to make a namespace
                 self.transact(change.text())
                 return True

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..ruleset import Element, Member, Owner
     from .expressions import DnatRule
 
+    Rule = tuple[str, str, bytes, int]  # chain, comment ("" for none), expressions (raw), handle
+
 NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NFGENMSG = bytes((NFPROTO_INET, 0, 0, 0))  # family, version, resource
 NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = (
@@ -42,7 +44,7 @@ class Table:
         self._name = name
         self._sockets: list[Socket] = []  # all that are open
         self._asked: Socket | None = None  # the one for questions
-        self._kept: dict[str, list[tuple[str, str, bytes]]] | None = None  # rules by chain, see `generation`
+        self._kept: dict[str, list[Rule]] | None = None  # by chain, see `generation`
 
     # --- asking ---
 
@@ -129,20 +131,8 @@ class Table:
         return NFTA_CHAIN_HOOK in (self._chain(chain) or {})
 
     def handle(self, chain: str) -> int:
-        """The lowest handle of a chain's rules, by which one tells whether it was written anew; 0 for none.
-
-        No other rule has had it or will have it, while the chain's own handle stays where its rules are replaced.
-        """
-        return min((int.from_bytes(handle, "big") for handle in self.rule_handles(chain)), default=0)
-
-    def handles(self) -> dict[str, int]:
-        """The same of each chain of the table that has a name of ours, and rules."""
-        found: dict[str, int] = {}
-        names = _OwnNames()
-        for rule in self.rule_attributes(""):
-            chain, handle = names[rule[NFTA_RULE_CHAIN]], int.from_bytes(rule[NFTA_RULE_HANDLE], "big")
-            found[chain] = min(handle, found.get(chain, handle))
-        return found
+        """The handle of a chain's first rule as it is now, see `Owner`; 0 for none."""
+        return next((handle for *_, handle in self._read_rules(chain)), 0)
 
     def references(self, chain: str) -> int:
         """The number of map elements and rules that refer to `chain` (NFTA_CHAIN_USE less its own rules)."""
@@ -151,8 +141,8 @@ class Table:
 
     # --- rules ---
 
-    def rules(self, chain: str = "") -> list[tuple[str, str, bytes]]:
-        """Chain, comment ("" for none) and expressions (raw) of the rules of `chain`, or of the whole table.
+    def rules(self, chain: str = "") -> "list[Rule]":
+        """The rules of `chain`, or of the whole table.
 
         The chain is "" where its name is not of our own grammar.
         """
@@ -167,40 +157,33 @@ class Table:
         body = NFGENMSG + named(NFTA_RULE_TABLE, self._name) + (named(NFTA_RULE_CHAIN, chain) if chain else b"")
         return [dict(attributes(answer, 4)) for answer in self._dump(NFT_MSG_GETRULE, body)]
 
-    def rule_handles(self, chain: str) -> list[bytes]:
-        """The handle of each rule of a chain, as the kernel has it."""
-        return [handle for handle, _ in self.handles_and_comments(chain)]
-
-    def handles_and_comments(self, chain: str) -> list[tuple[bytes, str]]:
-        """The handle of each rule of a chain, and its comment, as they are now."""
-        return [(rule[NFTA_RULE_HANDLE], comment_in(rule.get(NFTA_RULE_USERDATA, b"")))
-                for rule in self.rule_attributes(chain)]
-
-    def _read_rules(self, chain: str) -> list[tuple[str, str, bytes]]:
+    def _read_rules(self, chain: str) -> "list[Rule]":
         rules, names = self.rule_attributes(chain), _OwnNames()
         return [(names[found.get(NFTA_RULE_CHAIN, b"")], comment_in(found.get(NFTA_RULE_USERDATA, b"")),
-                 found.get(NFTA_RULE_EXPRESSIONS, b"")) for found in rules]
+                 found.get(NFTA_RULE_EXPRESSIONS, b""), int.from_bytes(found.get(NFTA_RULE_HANDLE, b""), "big"))
+                for found in rules]
 
     def comments(self, chain: str) -> list[str]:
         """The comments of a chain's rules, "" for a rule without one."""
-        return [comment for _, comment, _ in self.rules(chain)]
+        return [comment for _, comment, *_ in self.rules(chain)]
 
     def owner(self, chain: str) -> "Owner":
         """The owner of an attachment's chain."""
-        return ruleset.Owner(chain, record_in(self.comments(chain)))
+        return owner_in(chain, self.rules(chain))
 
     def owners(self) -> "list[Owner]":
         """The owner of every attachment's chain. Reads the whole table."""
-        found: dict[str, list[str]] = {}
-        for chain, comment, _ in self.rules():
-            if ruleset.is_attachment_chain(chain):
-                found.setdefault(chain, []).append(comment)
-        return [ruleset.Owner(chain, record_in(comments)) for chain, comments in found.items()]
+        found: dict[str, list[Rule]] = {}
+        for rule in self.rules():
+            if ruleset.is_attachment_chain(rule[0]):
+                found.setdefault(rule[0], []).append(rule)
+        return [owner_in(*item) for item in found.items()]
 
     def dnat_rules(self, chain: str) -> "list[DnatRule]":
         """The dnat rules of a chain."""
         from .expressions import dnat_rules
-        return [rule for _, _, raw in self.rules(chain) for rule in dnat_rules(raw, self.set_elements) if rule.target]
+        rules = (rule for _, _, raw, _ in self.rules(chain) for rule in dnat_rules(raw, self.set_elements))
+        return [rule for rule in rules if rule.target]
 
     def targets(self, chains: "Iterable[str]") -> dict[str, set[bytes]]:
         """The container addresses, packed, that each chain translates to."""
@@ -208,7 +191,7 @@ class Table:
 
     def _targets(self, chain: str) -> set[bytes]:
         from .expressions import target_of
-        return {target_of(raw) for _, _, raw in self.rules(chain)} - {b""}
+        return {target_of(raw) for _, _, raw, _ in self.rules(chain)} - {b""}
 
     def snapshot(self, chain: str, each_port: bool = False) -> "list[tuple[object, ...]]":
         """A chain in a form that can be compared with the same chain elsewhere: its hook, then each of its rules.
@@ -222,7 +205,7 @@ class Table:
         if found is None:
             return []
         hook = tuple(found.get(kind) for kind in (NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE))
-        rules = ((comment, rule) for _, comment, raw in self.rules(chain) for rule in (
+        rules = ((comment, rule) for _, comment, raw, _ in self.rules(chain) for rule in (
             one_port_each([*expressions(raw)], self.set_elements) if each_port else [expressions(raw)]))
         return [hook, *((comment, *(part for each in rule for part in self._comparable(each)))
                         for comment, rule in rules)]
@@ -474,6 +457,12 @@ def comment_in(userdata: bytes) -> str:
             return userdata[at + 2:at + 1 + length].decode(errors="replace")
         at += 2 + length
     return ""
+
+
+def owner_in(chain: str, rules: "Iterable[Rule]") -> "Owner":
+    """The owner of an attachment's chain with these rules."""
+    rules = [*rules]
+    return ruleset.Owner(chain, record_in(comment for _, comment, *_ in rules), rules[0][3] if rules else 0)
 
 
 def record_in(comments: "Iterable[str]") -> str:

@@ -46,14 +46,14 @@ def add(attachment: Attachment, kernel: "Kernel") -> None:
             ask_libcni(undecided.container_ids, deaths, kernel)
         except Bequeathed as left:
             from .delete import remove
-            remove([left.owner.chain], kernel, {left.owner.chain: left.handle})
+            remove([left.owner.chain], kernel, {left.owner.chain: left.owner.handle})
         except PortTaken as taken:
             chain, so_far = taken.owner.chain, waited.get(taken.owner.chain, 0.0)
             seconds = min(OWNER_SECONDS - so_far, ALL_SECONDS - sum(waited.values()))
             if seconds <= 0:
                 raise CniError(PORT_TAKEN, f"{taken.msg}; waited {so_far:.0f} s for it", taken.details) from None
             waited[chain] = so_far + taken.wait(kernel, seconds)
-            judged.pop((chain, taken.handle), None)  # it may have died meanwhile
+            judged.pop((chain, taken.owner.handle), None)  # it may have died meanwhile
             deaths.clear()
         except CniError as error:
             if flushed or not is_flush(error):

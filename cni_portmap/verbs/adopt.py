@@ -134,7 +134,6 @@ def release(kernel: Kernel, prefixes: Sequence[str] = (), force: bool = False, d
     lacks one of its ports; not with `force`. `prefixes`: only containers whose ID begins with one of these. `dry_run`:
     nothing is written.
     """
-    handles = kernel.handles()
     owners = [owner for owner in kernel.owners() if not prefixes or owner.container_id.startswith(tuple(prefixes))]
     verdicts = kernel.judge(owners)
     theirs: dict[str, set[ruleset.Element]] = {}
@@ -161,7 +160,7 @@ def release(kernel: Kernel, prefixes: Sequence[str] = (), force: bool = False, d
                 f"; its container {container_id} has a port of these" for container_id in shadowed)
             (done.released if force else done.kept).append((owner, reason))
     if not dry_run:
-        refused = remove_each([owner for owner, _ in done.released], handles, kernel, going_on) if done.released else []
+        refused = remove_each([owner for owner, _ in done.released], kernel, going_on) if done.released else []
         reasons = {owner.chain: error.msg for owner, error in refused}
         done = Release([each for each in done.released if each[0].chain not in reasons],
                        [*done.kept, *((owner, reasons[owner.chain]) for owner, _ in refused)])

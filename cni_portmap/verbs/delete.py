@@ -37,7 +37,7 @@ def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] |
         for left in range(TRIES, 0, -1):
             generation = kernel.generation() if left > LAST_TRIES else 0
             there = [chain for chain in chains if (kernel.has_chain(chain) if handles is None else
-                                                   kernel.handle(chain) == handles.get(chain))]
+                                                   kernel.owner(chain).handle == handles.get(chain))]
             owned, targets = kernel.owned_elements(there), kernel.targets(there)
             change = ruleset.Change()
             detach(change, there, owned, owned, kernel)
@@ -54,14 +54,14 @@ def remove(chains: "Iterable[str]", kernel: "Kernel", handles: "dict[str, int] |
         delete_released_flows(released, targets, kernel)
 
 
-def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel",
-                going_on: "Container[Element]" = ()) -> "list[tuple[Owner, CniError]]":
-    """Remove the chains of these owners, but not those that were rewritten since their `handles` were read.
+def remove_each(stale: "list[Owner]", kernel: "Kernel", going_on: "Container[Element]" = ()) \
+        -> "list[tuple[Owner, CniError]]":
+    """Remove the chains of these owners, but not those that were rewritten since they were read.
 
     After an error it goes on one by one; returns those that could not be removed, each with the reason.
     """
     try:
-        remove([owner.chain for owner in stale], kernel, handles, going_on)
+        remove([owner.chain for owner in stale], kernel, {owner.chain: owner.handle for owner in stale}, going_on)
         return []
     except CniError as error:
         if error.code == TRY_AGAIN_LATER:
@@ -69,7 +69,7 @@ def remove_each(stale: "list[Owner]", handles: dict[str, int], kernel: "Kernel",
     refused = []
     for owner in stale:
         try:
-            remove([owner.chain], kernel, handles, going_on)
+            remove([owner.chain], kernel, {owner.chain: owner.handle}, going_on)
         except CniError as error:
             if error.code == TRY_AGAIN_LATER:
                 raise

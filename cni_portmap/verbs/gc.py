@@ -14,10 +14,9 @@ def gc(network: str, valid: set[tuple[str, str]], kernel: "Kernel") -> None:
 
     Goes on after an error, one by one, and raises them all as one.
     """
-    handles = kernel.handles()
     stale = [owner for owner in kernel.owners()
              if owner.network == network and (owner.container_id, owner.ifname) not in valid]
-    refused = remove_each(stale, handles, kernel)
+    refused = remove_each(stale, kernel)
     found = [f"{owner}: {error.msg}" for owner, error in refused]
     try:
         if kernel.has_reference():

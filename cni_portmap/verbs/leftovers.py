@@ -27,7 +27,7 @@ class PortTakenByReference(PortTaken):
         owner = ruleset.Owner(f"reference/{leftover.container_id}", "")
         owner.container_id, owner.network = leftover.container_id, leftover.network
         super().__init__(f"{port} is already published by the reference plugin portmap for {leftover}",
-                         "to take its containers over: cni-portmap adopt", owner, 0)
+                         "to take its containers over: cni-portmap adopt", owner)
         self.leftover = leftover
 
     def wait(self, kernel: "Kernel", seconds: float) -> float:

@@ -70,7 +70,7 @@ def _lines(kernel: Kernel) -> tuple[list[tuple[str, Published]], dict[str, Owner
     by_port: dict[tuple[str, int, int, int], list[DnatRule]] = {}  # chain, protocol, size of the target, host port
     records: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
-    for chain, comment, raw in kernel.rules():
+    for chain, comment, raw, _ in kernel.rules():
         if is_attachment_chain(chain):
             if b"nat\0" not in raw:
                 if chain not in records:  # the first of the record counts

@@ -33,12 +33,10 @@ def prune(kernel: Kernel, dry_run: bool = False, among: dict[str, int] | None = 
     Returns what was found of each, also of those that stay; and those that could not be removed, with the reason.
     `dry_run`: nothing is written. `among`: only these chains, where they still have these handles.
     """
-    handles = kernel.handles()
-    owners = [owner for owner in kernel.owners()
-              if among is None or among.get(owner.chain) == handles.get(owner.chain, 0)]
+    owners = [owner for owner in kernel.owners() if among is None or among.get(owner.chain) == owner.handle]
     verdicts = kernel.judge(owners)
     dead = [owner for owner in owners if verdicts[owner.chain][0] == DEAD]
-    refused = [] if dry_run else remove_each(dead, handles, kernel)
+    refused = [] if dry_run else remove_each(dead, kernel)
     return [(owner, verdicts[owner.chain]) for owner in owners], refused
 
 
@@ -99,7 +97,7 @@ def _restore_together(attachments: list[Attachment], kernel: Kernel, dry_run: bo
             judge(unjudged.owners, judged, kernel)
         except Bequeathed as left:
             left_by_dead.update(element for element, _ in kernel.owned_elements([left.owner.chain]))
-            stays = remove_each([left.owner], {left.owner.chain: left.handle}, kernel)
+            stays = remove_each([left.owner], kernel)
             if stays:
                 raise _Refused(stays[0][1], forgotten) from None
     if not dry_run:

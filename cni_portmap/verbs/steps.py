@@ -78,7 +78,7 @@ def _new_note(chain: str, ifname: str, container_id: str, kernel: "Kernel") -> l
     return [] if known else [(chain, ifname, container_id)]
 
 
-def stale_notes(chain: str, attachment: Attachment, kernel: "Kernel") -> list[tuple[str, bytes]]:
+def stale_notes(chain: str, attachment: Attachment, kernel: "Kernel") -> list[tuple[str, int]]:
     """The notes in `chain` of sandboxes that are gone: where one after the other fails to start, they would pile up.
 
     But not that of `attachment`, which comes.
@@ -86,8 +86,7 @@ def stale_notes(chain: str, attachment: Attachment, kernel: "Kernel") -> list[tu
     notes = [note for note in ruleset.standby_notes(kernel.comments(chain))
              if note[1] not in ("", attachment.container_id)]
     gone = {ruleset.standby_comment(*note) for note in notes if not kernel.has_chain(ruleset.chain_of(*note[::-1]))}
-    return [(chain, handle) for handle, comment in (kernel.handles_and_comments(chain) if gone else ())
-            if comment in gone]
+    return [(chain, handle) for _, comment, _, handle in (kernel.rules(chain) if gone else ()) if comment in gone]
 
 
 def detach(change: "Change", chains: "list[str]", owned: "Iterable[tuple[Element, str]]",
@@ -404,15 +403,15 @@ class Undecided(Exception):
 
 
 class PortTaken(CniError):
-    """A port has an owner that is alive or unknown. `handle`: of the owner's chain."""
+    """A port has an owner that is alive or unknown."""
 
-    def __init__(self, msg: str, details: str, owner: "Owner", handle: int) -> None:
+    def __init__(self, msg: str, details: str, owner: "Owner") -> None:
         super().__init__(PORT_TAKEN, msg, details)
-        self.owner, self.handle = owner, handle
+        self.owner = owner
 
     def wait(self, kernel: "Kernel", seconds: float) -> float:
         """Wait until the owner's chain has changed, or it has ended, not longer than `seconds`; how long that took."""
-        return kernel.wait_for(self.owner, self.handle, seconds)
+        return kernel.wait_for(self.owner, seconds)
 
 
 class Bequeathed(PortTaken):
@@ -460,7 +459,7 @@ def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judg
         state, why = verdicts[other] or ("", "")
         if state == "dead" and any(who != owners[other].container_id for _, who in standby_chains(other, kernel)):
             raise Bequeathed(f"{port} is still published by {owners[other]}, which is dead, and its pod's next sandbox "
-                             "stands by", "remove what is dead: cni-portmap gc", owners[other], kernel.handle(other))
+                             "stands by", "remove what is dead: cni-portmap gc", owners[other])
         if state == "dead" or (owners[other].is_by_operator and not attachment.by_operator and
                                owners[other].container_id == attachment.container_id):
             dead.append(other)  # what its runtime asks for comes before what an operator has published
@@ -473,8 +472,7 @@ def resolve_conflicts(attachment: Attachment, chain: str, kernel: "Kernel", judg
             lines.append(f"{port} is still published by container {owners[other].container_id}, this pod's last "
                          f"sandbox; {attachment.container_id} will take over when that is removed")
         else:
-            raise PortTaken(f"{port} is already published by {owners[other]}", why, owners[other],
-                            kernel.handle(other))
+            raise PortTaken(f"{port} is already published by {owners[other]}", why, owners[other])
     for line in lines:
         warn(line)
     own = ruleset.elements_of(attachment)
@@ -499,18 +497,16 @@ def refuse_namesake(attachment: Attachment, chain: str, kernel: "Kernel", judged
     if verdict is None:
         raise Unjudged([owner])
     if verdict[0] != "dead":
-        raise PortTaken(f"this container ID and interface are already published: {owner}", verdict[1], owner,
-                        kernel.handle(chain))
+        raise PortTaken(f"this container ID and interface are already published: {owner}", verdict[1], owner)
 
 
 def judge(owners: "list[Owner]", judged: "Judged", kernel: "Kernel") -> None:
     """Judge these owners, as they are now. Not under the lock."""
-    handles = {owner.chain: kernel.handle(owner.chain) for owner in owners}
-    now = [kernel.owner(chain) for chain in handles]
+    now = [kernel.owner(owner.chain) for owner in owners]
     for owner, before in zip(now, owners, strict=True):
         owner.link = owner.link if before.link else ""
     verdicts = kernel.judge(now)
-    judged |= {(chain, handles[chain]): verdict for chain, verdict in verdicts.items()}
+    judged |= {(owner.chain, owner.handle): verdicts[owner.chain] for owner in now}
 
 
 def verdict_on(owner: "Owner", attachment: Attachment, judged: "Judged", kernel: "Kernel") -> "Verdict | None":
@@ -525,4 +521,4 @@ def verdict_on(owner: "Owner", attachment: Attachment, judged: "Judged", kernel:
         if another and owner.ifname == attachment.ifname:
             return "dead", "its interface is another's"  # one of a name in a namespace; its number may be used again
         return "alive", f"its network namespace {owner.path} is alive"
-    return judged.get((owner.chain, kernel.handle(owner.chain)))
+    return judged.get((owner.chain, owner.handle))

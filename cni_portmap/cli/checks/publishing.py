@@ -368,7 +368,7 @@ def _damaged(scene: Scene, target: Target | None) -> Iterator[Finding]:
 
 def _is_conditional(scene: Scene, target: Target) -> bool:
     """Whether the rule of a port asks for more than ADD does by itself: conditionsV4, conditionsV6."""
-    for chain, _, raw in scene.kernel.rules(target.chain):
+    for chain, _, raw, _ in scene.kernel.rules(target.chain):
         if chain and b"nat\0" in raw:
             from ...linux.expressions import NFTA_LOOKUP_SET, dnat_rules, expressions
             if not any(rule.protocol == target.number and target.port in rule.ports and

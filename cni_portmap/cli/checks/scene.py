@@ -306,7 +306,7 @@ class Scene:
 
     def is_masqueraded(self, target: Target) -> bool:
         """Whether the attachment marks any client for masquerading (snat: true)."""
-        return any(b"meta\0" in raw and b"bitwise\0" in raw for _, _, raw in self.kernel.rules(target.chain))
+        return any(b"meta\0" in raw and b"bitwise\0" in raw for _, _, raw, _ in self.kernel.rules(target.chain))
 
     def is_ours(self, chain: Chain) -> bool:
         """Whether a chain is of this plugin's table."""
