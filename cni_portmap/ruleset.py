@@ -398,6 +398,19 @@ def _set(elements: str = "") -> str:
     return f"add set {TABLE} {LOCALHOST_INTERFACES} {{ typeof iifname; {elements}}}"
 
 
+_HOOKS = "prerouting", "input", "forward", "output", "postrouting"  # enum nf_inet_hooks
+_PRIORITIES = {"raw": -300, "dstnat": -100, "filter": 0, "srcnat": 100}  # enum nf_ip_hook_priorities
+
+
+def hook_of(text: str) -> tuple[str, int, int] | None:
+    """Type, hook and priority of a chain's `Shared.hook`, as the kernel has them; None for no hook."""
+    if not text:
+        return None
+    _, kind, _, hook, _, priority, *more = text.partition(";")[0].split()
+    number = _PRIORITIES[priority] if priority in _PRIORITIES else int(priority)
+    return kind, _HOOKS.index(hook), number + int("".join(more) or 0)
+
+
 def note_interfaces(interfaces: "Mapping[str, str]") -> str:
     """The command that notes interfaces (names) that localhost leads through, each with its comment."""
     notes = ", ".join(f'"{name}" comment "{comment}"' for name, comment in interfaces.items())
@@ -409,18 +422,19 @@ def key_of_interface(name: str) -> bytes:
     return name.encode().ljust(16, b"\0")
 
 
-def base(chains: "Mapping[str, Iterable[Rule]]", replaced: "Container[str]" = (),
-         known: "Mapping[str, Shared]" = SHARED, sets: "Iterable[str]" = ()) -> str:
-    """Commands that make the table and some of its `known` chains, each with its rules; `replaced`: those that exist.
+def base(chains: "Mapping[str, Iterable[Rule]]", flushed: "Container[str]" = (),
+         known: "Mapping[str, Shared]" = SHARED, sets: "Iterable[str]" = (), deleted: "Container[str]" = ()) -> str:
+    """Commands that make the table and some of its `known` chains, each with its rules.
 
-    `sets`: commands that declare what those rules look up besides. A hooked chain is replaced, because another version
-    may have hooked it elsewhere; what leads to `dispatch` forbids that there.
+    `sets`: commands that declare what those rules look up besides. Of the chains that exist, those that are `flushed`
+    get other rules, and those that hang on another hook are `deleted`: for a deletion libnftables 1.0 reads every set
+    of the host, see `linux.batch`.
     """
     lines = [f"add table {TABLE}", *(_map(name) for name in MAPS), _set(), *sets]
     for name in (name for name in known if name in chains):
         hook = known[name].hook
-        if name in replaced:
-            lines.append(f"{'delete' if hook else 'flush'} chain {TABLE} {name}")
+        if name in flushed or name in deleted:
+            lines.append(f"{'delete' if name in deleted else 'flush'} chain {TABLE} {name}")
         rules = (f'{rule} comment "{comment}"' for rule, comment in chains[name])
         lines += _chain(name, [hook, *rules] if hook else rules)
     return "\n".join(lines) + "\n"

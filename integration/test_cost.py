@@ -20,6 +20,7 @@ NAMES = ("NEWTABLE GETTABLE DELTABLE NEWCHAIN GETCHAIN DELCHAIN NEWRULE GETRULE 
          "NEWSETELEM GETSETELEM DELSETELEM NEWGEN GETGEN").split()
 TYPE = re.compile(r"nlmsg_type=(?:NFNL_SUBSYS_NFTABLES<<8\|NFT_MSG_(\w+)|0xa(\w\w)\b|(\w+))")
 CROWD = 500
+OLD = sorted(pathlib.Path(__file__).with_name("old").glob("*.nft"))
 NOBODY, ONE, UDP = Pod("nobody"), Pod("one", "8080:80"), Pod("udp", "8080:80/udp")
 SPECIFIC, MANY = Pod("specific", "192.0.2.1:8080:80"), Pod("many", *(f"{port}:{port}" for port in range(9000, 9100)))
 
@@ -134,6 +135,16 @@ def test_add_again_lists_nothing_of_others(host, trace, pod):
     seen = trace("ADD", pod)
     assert (seen.transactions, lab.generation() - before) == (2, 1)
     assert {"DELRULE", "NEWCHAIN", "NEWRULE"} <= {*seen.wrote} and not {"DELSETELEM", "DELCHAIN"} & {*seen.wrote}
+    assert {*seen.listed} <= {"GETGEN", "GETTABLE"} and not seen.refused
+
+
+@pytest.mark.parametrize("table", ["", *OLD], ids=lambda path: getattr(path, "stem", "another mark bit"))
+def test_a_repair_lists_nothing_of_others(host, trace, table):
+    """Shared chains get other rules, and keep their hooks: also those of an older table, with which an ADD begins."""
+    if table:
+        lab.nft_script(f"delete table {lab.TABLE}", table.read_text().replace("INODE", "1"))
+    seen = trace("ADD", Pod("one", "8080:80", markMasqBit=7))
+    assert "DELRULE" in seen.wrote
     assert {*seen.listed} <= {"GETGEN", "GETTABLE"} and not seen.refused
 
 

@@ -38,6 +38,7 @@ class RecordingKernel:
                                        "owner": lambda chain: ruleset.Owner(chain, ""), "waits": False, "glance": None,
                                        "judge": lambda owners: verdicts(owners, "alive"),
                                        "is_dormant": False, "snapshot": [],
+                                       "hook": lambda name: ruleset.hook_of(ruleset.SHARED[name].hook),
                                        "references": 0, "dry_run": "", "dry_run_apart": "",
                                        "port_in_use": False, "allow_localhost6": "",
                                        "has_set": False, "element_comments": {}, "members": [],

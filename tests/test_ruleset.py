@@ -142,8 +142,19 @@ def test_version_of_exposure():
 def test_repair_keeps_attachments():
     """A repair flushes or deletes no attachment's chain, no map and not the table."""
     for chain in ruleset.SHARED:
-        removed = [line for line in base((), (chain,)).splitlines() if re.match("flush|delete", line)]
-        assert removed == [f"{'flush' if chain == 'dispatch' else 'delete'} chain inet cni_portmap {chain}"]
+        rules = {chain: ruleset.shared_rules(chain, [])}
+        for verb, text in ("flush", ruleset.base(rules, [chain])), ("delete", ruleset.base(rules, deleted=[chain])):
+            removed = [line for line in text.splitlines() if re.match("flush|delete", line)]
+            assert removed == [f"{verb} chain inet cni_portmap {chain}"]
+
+
+@pytest.mark.parametrize("text, numbers", [
+    ("", None), ("type filter hook prerouting priority raw; policy accept;", ("filter", 0, -300)),
+    ("type nat hook output priority -100; policy accept;", ("nat", 3, -100)),
+    ("type nat hook postrouting priority srcnat - 1; policy accept;", ("nat", 4, 99))])
+def test_hook(text, numbers):
+    """A hook's words as the kernel's numbers."""
+    assert ruleset.hook_of(text) == numbers
 
 
 def test_mark_bits():

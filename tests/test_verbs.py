@@ -662,6 +662,17 @@ def test_base_repaired(chain):
         assert base_written({**comments, chain: those}) == base((), (chain,))
 
 
+def test_base_on_another_hook():
+    """Only a chain that hangs on another hook is deleted first: for that libnftables 1.0 lists every set."""
+    comments = {**base_comments(), "guard": [], "output": []}
+    kernel = RecordingKernel(**INTACT)
+    kernel.answers |= {"comments": lambda name: comments.get(name, []),
+                       "hook": lambda name: ("nat", 3, -100) if name == "output" else ("filter", 0, -299)}
+    assert add(kernel) is None
+    gone = [line for line in kernel.written[0].splitlines() if line.startswith(("flush", "delete"))]
+    assert gone == ["delete chain inet cni_portmap guard", "flush chain inet cni_portmap output"]
+
+
 def test_base_of_others():
     """Rules that somebody added are left in peace, and stop us where the chain would have to be rebuilt."""
     comments = base_comments()

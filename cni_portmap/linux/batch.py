@@ -101,8 +101,8 @@ def copies(written: "Table", there: "Table", places: "Mapping[str, bytes]", kept
     """Commands that create what somebody has `written` apart, as `Change.apart` says it: chains with their rules.
 
     `there`: the table where they come; `places`: of chains that rules are inserted into, the handle of the rule that
-    they come before; `kept`: as in `commands`. Of a chain that is kept, equal rules stay, with their sets, and so does a
-    map of ports. A set that comes or goes lacks elements for a packet that is under way during the commit: that of a
+    they come before; `kept`: as in `commands`. Of a chain that is kept, equal rules stay, with their sets, and so does
+    a map of ports. A set that comes or goes lacks elements for a packet that is under way during the commit: that of a
     new rule may be filled after it, and a map that goes is emptied before (kernel functions nft_set_commit_update,
     nft_map_deactivate).
     """

@@ -298,7 +298,7 @@ class Kernel(Table):
             return True
         from .batch import commands, copies
         created = []
-        kept = {chain for chain in change.chains if chain in change.rules and not self.is_hooked(chain)}
+        kept = {chain for chain in change.chains if chain in change.rules and not self.hook(chain)}
         places = {chain: [rule[NFTA_RULE_HANDLE] for rule in self.rule_attributes(chain)[index:index + 1]]
                   for chain, (index, _) in change.inserted.items()}
         if not all(places.values()):  # somebody has flushed one of these chains

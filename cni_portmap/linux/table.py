@@ -126,9 +126,14 @@ class Table:
         """Whether the table has such a chain."""
         return self._chain(chain) is not None
 
-    def is_hooked(self, chain: str) -> bool:
-        """Whether the chain hangs on a hook, as none of an attachment does."""
-        return NFTA_CHAIN_HOOK in (self._chain(chain) or {})
+    def hook(self, chain: str) -> tuple[str, int, int] | None:
+        """Type, hook and priority of a chain, see `ruleset.hook_of`; None where it hangs on no hook."""
+        found = self._chain(chain) or {}
+        if NFTA_CHAIN_HOOK not in found:
+            return None
+        hook = dict(attributes(found[NFTA_CHAIN_HOOK]))
+        number, priority = (int.from_bytes(hook.get(kind, b""), "big", signed=True) for kind in (1, 2))
+        return text(found.get(NFTA_CHAIN_TYPE, b"")), number, priority  # NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY
 
     def handle(self, chain: str) -> int:
         """The handle of a chain's first rule as it is now, see `Owner`; 0 for none."""

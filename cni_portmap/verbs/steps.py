@@ -175,12 +175,13 @@ def known_chains(attachments: "Iterable[Attachment]", kernel: "Kernel") -> "Mapp
     return ruleset.SHARED
 
 
-def base(chains: "Mapping[str, list[Rule]]", replaced: "Sequence[str]", known: "Mapping[str, Shared]") -> str:
+def base(chains: "Mapping[str, list[Rule]]", flushed: "Sequence[str]", known: "Mapping[str, Shared]",
+         deleted: "Sequence[str]" = ()) -> str:
     """Commands that make the table, with all sets that the `known` chains need; see `ruleset.base`."""
     if known is ruleset.SHARED:
-        return ruleset.base(chains, replaced)
+        return ruleset.base(chains, flushed, deleted=deleted)
     from ..exposure import declarations
-    return ruleset.base(chains, replaced, known, declarations())
+    return ruleset.base(chains, flushed, known, declarations(), deleted)
 
 
 def expose(change: "Change", attachments: "Sequence[Attachment]", kernel: "Kernel") -> None:
@@ -196,7 +197,8 @@ def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
     Raises CniError(103) rather than remove a rule that this plugin did not write.
     """
     chains: dict[str, list[Rule]] = {}
-    replaced: list[str] = []
+    flushed: list[str] = []
+    deleted: list[str] = []
     known = known_chains(attachments, kernel)
     for name in known:
         there = kernel.comments(name)
@@ -205,15 +207,16 @@ def shared_chains(attachments: "Sequence[Attachment]", kernel: "Kernel") -> str:
             continue
         chains[name] = ruleset.shared_rules(name, attachments, there, known)
         if kernel.has_chain(name):
-            replaced.append(name)
+            hook = ruleset.hook_of(known[name].hook)
+            (deleted if hook and kernel.hook(name) != hook else flushed).append(name)
         for comment in there:
             if not comment.startswith(ruleset.COMMENT_PREFIX):
                 raise CniError(FOREIGN_TABLE, f"cannot rebuild chain {name} of table {ruleset.TABLE}: it has a "
                                f"foreign rule", f"see: nft -a list chain {ruleset.TABLE} {name}")
     if not chains and not kernel.is_dormant():
         return ""
-    text = base(chains, replaced, known)
-    if "guard" in replaced:  # an older one guarded every interface; what is open must not lose its guard
+    text = base(chains, flushed, known, deleted)
+    if "guard" in (*flushed, *deleted):  # an older one guarded every interface; what is open must not lose its guard
         from ..linux.localhost import interfaces_of_published, open_interfaces
         if kernel.notes_interfaces():
             notes = dict.fromkeys(interfaces_of_published(kernel), ruleset.WAS_OPEN)
