@@ -187,6 +187,16 @@ def test_a_damaged_cache(clinic, changes):
     published(clinic, "web", "9091:80")
 
 
+def test_the_default_address_of_its_network(bin_dir):
+    """A port without an address is published where the network's are; publish says so, and unpublish finds it."""
+    with Clinic(bin_dir, defaultHostIP=["127.0.0.1", "::1"]) as there:
+        remember(there.web)
+        text = published(there, "web", "9090:80", "9091:80")
+        assert "published 127.0.0.1:9090/tcp" in text and "published [::1]:9091/tcp" in text and "*" not in text
+        assert there.command("unpublish", "web", "9090:80").returncode == 0
+        assert not there.answers(path="localhost", port=9090, timeout=0.3) and there.answers(4, "localhost", 9091)
+
+
 def test_gc_and_a_dead_container(clinic):
     """gc removes what was published of a container that is gone; teardown names it."""
     plain = clinic.container("plain")

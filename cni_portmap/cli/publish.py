@@ -85,8 +85,11 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
                           "network": attachment.network, "ports": wanted, "hints": hints}, indent=2))
         return 0
     for each in options.ports:
-        print(f"published {end(each['hostIP'] or '*', each['hostPort'])}/{each['protocol']} -> port "
-              f"{each['containerPort']} of container {attachment.pod or attachment.container_id}")
+        its = [port for port in attachment.ports
+               if (port.protocol, port.host_port) == (each["protocol"], each["hostPort"])]
+        for ip in [each["hostIP"]] if each["hostIP"] else dict.fromkeys(port.host_ip or "*" for port in its):
+            print(f"published {end(ip, each['hostPort'])}/{each['protocol']} -> port {each['containerPort']} of "
+                  f"container {attachment.pod or attachment.container_id}")
     print("until the container stops, or its network is reloaded; " + (
         "the agent restores it after a flush of the rules" if companion.is_healing() else
         "after a flush of the rules publish it again: no runtime knows of it, and no agent restores it"))

@@ -6,7 +6,7 @@ from ..cni import INVALID_ENVIRONMENT, CniError
 from ..libcni_cache import CACHE_DIRS, with_mappings
 from ..linux.kernel import Kernel
 from ..verbs.publish import operators_ports, owners_of, publish, unpublish
-from .publish import _key, ambiguous, container, document_of, keys_of, mapping, mappings_of
+from .publish import Mapping, ambiguous, container, document_of, mapping, mappings_of
 from .shared_options import add_plugin
 
 HELP = "remove ports that cni-portmap publish has published"
@@ -32,17 +32,16 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
         return ambiguous(options, {(owner.container_id, owner.ifname): {} for owner in owners})
     removed = []
     for owner in owners:
-        there = {_key(each): each for each in mappings_of(operators_ports(kernel, owner.container_id, owner.ifname))}
-        asked = {key: each["containerPort"] for each in options.ports for key in keys_of(each)}
-        going = {key for key, each in there.items() if not asked or asked.get(key) == each["containerPort"]}
-        rest = [each for key, each in there.items() if key not in going]
-        removed += [each for key, each in there.items() if key in going]
+        there = mappings_of(operators_ports(kernel, owner.container_id, owner.ifname))
+        going = [each for each in there if not options.ports or any(_is_of(each, asked) for asked in options.ports)]
+        rest = [each for each in there if each not in going]
+        removed += going
         if not rest:
             unpublish(owner, kernel)
-        elif len(rest) < len(there):
+        elif going:
             document = document_of(owner, CACHE_DIRS, options.plugin)
             publish(with_mappings(document, rest, options.plugin, kernel), kernel)
-    missing = [each for each in options.ports if keys_of(each).isdisjoint(map(_key, removed))]
+    missing = [asked for asked in options.ports if not any(_is_of(each, asked) for each in removed)]
     if missing:
         raise CniError(INVALID_ENVIRONMENT, f"host port {missing[0]['hostPort']}/{missing[0]['protocol']} of container "
                        f"{options.container} was not published by cni-portmap publish", "see: cni-portmap list")
@@ -53,3 +52,8 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
             print(f"removed {each['hostPort']}/{each['protocol']} of container "
                   f"{owners[0].pod or owners[0].container_id}")
     return 0
+
+
+def _is_of(each: Mapping, asked: Mapping) -> bool:
+    """Whether what is published is what is asked for; without an address it is that on whichever."""
+    return each == {**asked, "hostIP": asked["hostIP"] or each["hostIP"]}
