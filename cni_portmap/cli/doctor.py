@@ -44,8 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="client", metavar="ADDRESS", type=address, help="who asks")
     parser.add_argument("--to", metavar="ADDRESS", type=address, help="the address of this host that is asked")
     parser.add_argument("--probe", action="store_true", help="also send the first packet of a connection from this "
-                                                             "host "
-                        "(TCP; it is reset at once, and the program does not see it)")
+                        "host (TCP; it is reset at once, and the program does not see it)")
     parser.add_argument("--verbose", action="store_true", help="show what is only worth knowing, too")
 
 
@@ -123,8 +122,6 @@ def _print_end(scene: Scene, found: list[Finding]) -> None:
             print("Nothing is wrong with this host.")
     elif scene.targets:
         print(f"Nothing {'else ' if found else ''}here stops it. Try once more and look whether the number of "
-              "connections "
-              f"grows\n(cni-portmap list --port {scene.port}): if it does not, the packets do not reach this host: a "
-              "router, a "
-              "cloud's security\ngroup, another host's firewall. If it does: cni-portmap trace "
+              f"connections grows\n(cni-portmap list --port {scene.port}): if it does not, the packets do not reach "
+              "this host: a router, a cloud's security\ngroup, another host's firewall. If it does: cni-portmap trace "
               f"{scene.port}/{scene.protocol}")

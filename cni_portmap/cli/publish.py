@@ -136,10 +136,9 @@ def find(name: str, folders: Any, plugin: str, kernel: Kernel) -> dict[tuple[str
     By what libcni has cached; for a container that only our table knows, by its record. Raises CniError(4) for none.
     """
     if "/" in name and name.startswith("/"):
-        raise CniError(INVALID_ENVIRONMENT, f"{name}: a path does not say which container it "
-                                            "is", "nothing was published: "
-                       "no runtime's DEL would remove it; give the container's ID: see podman ps, nerdctl ps, crictl "
-                       "ps")
+        raise CniError(INVALID_ENVIRONMENT, f"{name}: a path does not say which container it is", "nothing was "
+                       "published: no runtime's DEL would remove it; give the container's ID: see podman ps, nerdctl "
+                       "ps, crictl ps")
     found = {}
     for document in documents(folders):
         names = args_of(document)
@@ -154,10 +153,8 @@ def find(name: str, folders: Any, plugin: str, kernel: Kernel) -> dict[tuple[str
     if not found:
         raise CniError(INVALID_ENVIRONMENT, f"no container with a CNI network is called {name}",
                        "nothing was published: give the beginning of its ID (podman ps, nerdctl ps, crictl pods). One "
-                       "on the "
-                       "host's network has the host's ports already; one without a network, or a rootless one, cannot "
-                       "be "
-                       "reached from here")
+                       "on the host's network has the host's ports already; one without a network, or a rootless one, "
+                       "cannot be reached from here")
     exact = {key: document for key, document in found.items() if key[0] == name}
     first = exact or found
     if len({container_id for container_id, _ in first}) == 1:  # several networks: the first is the one with the ports
@@ -213,8 +210,7 @@ def _refuse_unreachable(document: dict[str, Any]) -> None:
     host.close()
     if not others:
         raise CniError(INVALID_ENVIRONMENT, f"container {name} has no network but its own localhost: nothing can be "
-                                            "led to "
-                       "it", "start it with a bridge network")
+                       "led to it", "start it with a bridge network")
     if link and link.kind in ("macvlan", "ipvlan", "macvtap", "ipvtap"):
         ips = [str(ipaddress.ip_address(each.ip)) for each in host.addresses
                if each.link == ifname and not each.is_link_local]

@@ -224,8 +224,8 @@ class Teller:
         story.ended = "lost"
         if story.is_through and story.at in ("prerouting", "output"):
             self._step(story, "LOST by routing: this host does not forward it (cni-portmap doctor "
-                       f"{self._scene.port}/{self._scene.protocol} says why: forwarding, rp_filter, no "
-                       "route)", verdict="lost")
+                       f"{self._scene.port}/{self._scene.protocol} says why: forwarding, rp_filter, no route)",
+                       verdict="lost")
             return
         if story.is_through:
             self._step(story, f"lost behind the hook {story.at}", verdict="lost")

@@ -100,9 +100,8 @@ class Tracing:
         lines = [f"add table inet {self.name} {{ flags owner; }}"]
         for hook in HOOKS:
             for prefix, priority in (BEGIN, FIRST), (END, LAST):
-                lines.append(f"add chain inet {self.name} {prefix}{hook} "
-                             f"{{ type filter hook {hook} priority {priority}; "
-                             "policy accept; }")
+                lines.append(f"add chain inet {self.name} {prefix}{hook} {{ type filter hook {hook} "
+                             f"priority {priority}; policy accept; }}")
         lines += [f"add rule inet {self.name} {BEGIN}{hook} {match} limit rate 10/second burst 10 packets meta "
                   "nftrace set 1"
                   for hook, matches in self._marks.items() for match in matches]

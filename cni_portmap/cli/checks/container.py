@@ -166,9 +166,8 @@ def _address_changed(scene: Scene, target: Target) -> Iterator[Finding]:
             f"container {target.name} has not the address {target.container_ip} any more, where {target.label} leads "
             f"to; it has {', '.join(now) or 'none'}",
             [f"nsenter --net={target.line.netns} ip address show {target.line.ifname}"],
-            f"nsenter --net={target.line.netns} ip address add {_with_length(scene, target)} dev "
-            f"{target.line.ifname}; or "
-            "start the container again, so that its runtime publishes the new address")
+            f"nsenter --net={target.line.netns} ip address add {_with_length(scene, target)} dev {target.line.ifname}; "
+            "or start the container again, so that its runtime publishes the new address")
 
 
 def _with_length(scene: Scene, target: Target) -> str:

@@ -38,6 +38,6 @@ def _row(chain: Chain) -> tuple[str, ...]:
     policy = "policy drop" if chain.policy == "drop" else ""
     whose = "<- cni-portmap" if ours else publisher(chain).replace(LEGACY, "")
     device = f"dev {','.join(chain.devices)}" if chain.devices else ""
-    return (f"{chain.priority:>6}", chain.kind, f"{'legacy ' if chain.backend == LEGACY else ''}{chain.family} "
-                                                f"{chain.table}",
-            chain.name, f"{len(chain.rules)} rules", " ".join(filter(None, (policy, device, whose))))
+    return (f"{chain.priority:>6}", chain.kind,
+            f"{'legacy ' if chain.backend == LEGACY else ''}{chain.family} {chain.table}", chain.name,
+            f"{len(chain.rules)} rules", " ".join(filter(None, (policy, device, whose))))

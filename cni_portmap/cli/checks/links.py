@@ -39,8 +39,8 @@ def _port_blocked(scene: Scene, target: Target) -> Iterator[Finding]:
             near.state != BR_STATE_DISABLED:
         yield PORT_BLOCKED.found(
             f"bridge {near.master} does not forward on its port {near.name}, which leads to container {target.name}: "
-            f"it is {STATES.get(near.state, near.state)}", [f"bridge link show dev {near.name}: state "
-                                                      f"{STATES.get(near.state, near.state)}"],
+            f"it is {STATES.get(near.state, near.state)}",
+            [f"bridge link show dev {near.name}: state {STATES.get(near.state, near.state)}"],
             f"wait 30 seconds if it has just come up; else ip link set {near.master} type bridge stp_state 0 && bridge "
             f"link set dev {near.name} state 3")
 
@@ -201,10 +201,10 @@ def _ra_ignored(scene: Scene, target: Target) -> Iterator[Finding]:
         if scene.sysctl(f"net/ipv6/conf/{name}/accept_ra") == "1":
             yield RA.found(
                 "this host has no default route for IPv6: it forwards, and so does not heed the router's "
-                "announcements on "
-                f"{name}", [f"sysctl net.ipv6.conf.{name}.accept_ra: 1; net.ipv6.conf.all.forwarding: 1",
-                            "ip -6 route show default: nothing"], "sysctl -w "
-                                                                  f"net.ipv6.conf.{name}.accept_ra=2", (OUTSIDE,))
+                f"announcements on {name}",
+                [f"sysctl net.ipv6.conf.{name}.accept_ra: 1; net.ipv6.conf.all.forwarding: 1",
+                 "ip -6 route show default: nothing"],
+                f"sysctl -w net.ipv6.conf.{name}.accept_ra=2", (OUTSIDE,))
 
 
 def _rp_filter(scene: Scene, target: Target) -> Iterator[Finding]:
@@ -218,8 +218,8 @@ def _rp_filter(scene: Scene, target: Target) -> Iterator[Finding]:
                 f"this host drops packets from {shown(scene.client)} on {name}: its own route there leads "
                 f"{f'by {way}' if way else 'nowhere'}",
                 [f"sysctl net.ipv4.conf.{name}.rp_filter: {values[name]}, net.ipv4.conf.all.rp_filter: "
-                 f"{values['all']} (the greater counts; 1 is strict)", f"ip route get {shown(scene.client)}: "
-                                                 f"{f'dev {way}' if way else 'no route'}"],
+                 f"{values['all']} (the greater counts; 1 is strict)",
+                 f"ip route get {shown(scene.client)}: {f'dev {way}' if way else 'no route'}"],
                 f"sysctl -w net.ipv4.conf.{name}.rp_filter=2; or a route to the client by {name}, or policy routing",
                 (OUTSIDE,))
 
@@ -229,8 +229,8 @@ def _link_local(scene: Scene, target: Target) -> Iterator[Finding]:
     if client is not None and len(client) == 16 and client[0] == 0xfe and client[1] & 0xc0 == 0x80 and \
             target.family == 6 and not target.is_localhost:
         yield LINK_LOCAL.found(
-            f"{shown(client)} is link-local: the container cannot answer it, and the kernel forwards nothing from "
-            "there",
+            f"{shown(client)} is link-local: the container cannot answer it, and the kernel forwards nothing "
+            "from there",
             ["RFC 4291, 2.5.6: routers must not forward packets with link-local addresses: ip -6 address show scope "
              "link"],
             "let the client use an address of global or unique local scope (ip -6 address), or IPv4", (OUTSIDE,))
@@ -261,22 +261,18 @@ NO_GATEWAY = Check("network-without-gateway", ERROR, "The network gives its brid
                    "create --internal` makes it.", "Publish in another network.", _no_gateway, (*LINKS, *GONE))
 NO_ROUTE = Check("no-route-to-container", ERROR, "The bridge has lost its address.", "Give it back.", _no_route,
                  (*LINKS, *GONE, "network-without-gateway"))
-IS_LOCAL = Check("container-address-is-local", ERROR, "This host has the container's address "
-                                                      "itself.", "Remove it here.",
-                 _is_local)
+IS_LOCAL = Check("container-address-is-local", ERROR, "This host has the container's address itself.",
+                 "Remove it here.", _is_local)
 ELSEWHERE = Check("route-elsewhere", ERROR, "Two bridges have one subnet, the bridge has lost its address, or a VPN "
-                                            "takes "
-                  "the subnet.", "A route to the container.", _route_elsewhere,
+                  "takes the subnet.", "A route to the container.", _route_elsewhere,
                   (*LINKS, *GONE, "network-without-gateway"))
-TWICE = Check("address-twice", ERROR, "Two machines have the container's address.", "Find the other "
-                                                                                    "one.", _address_twice,
-              ("container-address-changed", "interface-gone"))
+TWICE = Check("address-twice", ERROR, "Two machines have the container's address.", "Find the other one.",
+              _address_twice, ("container-address-changed", "interface-gone"))
 NO_ANSWER = Check("no-arp-answer", WARNING, "The container did not answer ARP, or neighbour discovery.",
                   "Try again, then look at the bridge.", _no_arp_answer,
                   (*LINKS, *GONE, "bridge-port-blocked", "route-elsewhere", "address-twice"))
 FORWARDING = Check("forwarding-off", ERROR, "IP forwarding is off, after a reload of sysctls or a restart of the "
-                                            "network.",
-                   "`sysctl -w net.ipv4.ip_forward=1`", _forwarding_off)
+                   "network.", "`sysctl -w net.ipv4.ip_forward=1`", _forwarding_off)
 RA = Check("ra-ignored", WARNING, "This host forwards IPv6, and so does not accept its own default route.",
            "`sysctl -w net.ipv6.conf.DEV.accept_ra=2`", _ra_ignored)
 RP_FILTER = Check("rp-filter", ERROR, "The client comes in on another interface than this host would answer by "

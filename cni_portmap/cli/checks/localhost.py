@@ -24,8 +24,7 @@ def _localnet_off(scene: Scene, target: Target) -> Iterator[Finding]:
             f"127.0.0.1:{target.port} does not answer on this host: packets from localhost are not routed to {way}",
             [f"sysctl net.ipv4.conf.{way}.route_localnet: 0; net.ipv4.conf.all.route_localnet: 0"],
             f"sysctl -w net.ipv4.conf.{way}.route_localnet=1 (cni-portmap guards 127.0.0.0/8 there), or cni-portmap "
-            "restore",
-            (LOCALHOST,), ERROR if target.is_localhost else WARNING)
+            "restore", (LOCALHOST,), ERROR if target.is_localhost else WARNING)
 
 
 def _localhost6_missing(scene: Scene, target: Target) -> Iterator[Finding]:
@@ -35,8 +34,7 @@ def _localhost6_missing(scene: Scene, target: Target) -> Iterator[Finding]:
             f"[::1]:{target.port} does not answer on this host: there is no local route for ::1 on {way}",
             [f"ip -6 route show table local ::1: nothing on {way}"],
             f"ip -6 route add local ::1 dev {way} table local proto static metric {LOCALHOST_METRIC}, or cni-portmap "
-            "restore",
-            (LOCALHOST,), ERROR if target.is_localhost else WARNING)
+            "restore", (LOCALHOST,), ERROR if target.is_localhost else WARNING)
 
 
 def _is_bridged(scene: Scene, way: str, family: int) -> bool:
@@ -52,8 +50,8 @@ def _br_netfilter(scene: Scene, target: Target) -> Iterator[Finding]:
             f"[::1]:{target.port} cannot answer on this host while br_netfilter is on: it translates the reply before "
             "it is routed", ["sysctl net.bridge.bridge-nf-call-ip6tables: 1"],
             "connect to 127.0.0.1, or to another address of this host; or sysctl -w "
-            "net.bridge.bridge-nf-call-ip6tables=0, "
-            "where nothing (Kubernetes) needs it", (LOCALHOST,), ERROR if target.is_localhost else INFO)
+            "net.bridge.bridge-nf-call-ip6tables=0, where nothing (Kubernetes) needs it", (LOCALHOST,),
+            ERROR if target.is_localhost else INFO)
 
 
 def _no_hairpin(scene: Scene, target: Target) -> Iterator[Finding]:
@@ -72,15 +70,12 @@ BROKEN = (*GONE, *ROUTES, "bridge-port-blocked", "nobody-listens", "listens-on-l
 LOCALNET = Check("route-localnet-off", WARNING, "`sysctl --system` or a new bridge: 127.0.0.1 does not lead to the "
                  "container. An error where the port is published on localhost only.",
                  "`sysctl -w net.ipv4.conf.DEV.route_localnet=1`", _localnet_off, BROKEN)
-LOCALHOST6 = Check("localhost6-route-missing", WARNING, "The local route for ::1 on the container's interface is "
-                                                        "gone. An "
-                   "error where the port is published on ::1 only.", "`cni-portmap "
-                                                                     "restore`", _localhost6_missing, BROKEN)
-BR_NETFILTER = Check("localhost6-br-netfilter", INFO, "::1 cannot lead over a bridge with br_netfilter. An error "
-                                                      "where the "
-                     "port is published on ::1 only.", "Use 127.0.0.1.", _br_netfilter, BROKEN)
+LOCALHOST6 = Check("localhost6-route-missing", WARNING, "The local route for ::1 on the container's interface is gone. "
+                   "An error where the port is published on ::1 only.", "`cni-portmap restore`", _localhost6_missing,
+                   BROKEN)
+BR_NETFILTER = Check("localhost6-br-netfilter", INFO, "::1 cannot lead over a bridge with br_netfilter. An error where "
+                     "the port is published on ::1 only.", "Use 127.0.0.1.", _br_netfilter, BROKEN)
 HAIRPIN = Check("no-hairpin", INFO, "br_netfilter is on, and the container's port of the bridge sends nothing back "
-                                    "where it "
-                "came from.", "`bridge link set dev DEV hairpin on`", _no_hairpin, BROKEN)
+                "where it came from.", "`bridge link set dev DEV hairpin on`", _no_hairpin, BROKEN)
 
 OF_TARGET = (LOCALNET, LOCALHOST6, BR_NETFILTER, HAIRPIN)

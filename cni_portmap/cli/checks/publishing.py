@@ -62,9 +62,9 @@ def _lost_from_kernel(scene: Scene, target: Target | None) -> Iterator[Finding]:
             ports = ", ".join(dict.fromkeys(f"{port.host_port}/{port.protocol}" for port in lost))
             yield LOST_FROM_KERNEL.found(
                 f"{ports} of container {found.pod or found.container_id} was published, and its rules are gone from "
-                "the "
-                "kernel", [f"{path} says that its runtime published it, and its network namespace {found.netns} lives",
-                           f"table {ruleset.TABLE} has no entry for it: {LIST}"],
+                "the kernel",
+                [f"{path} says that its runtime published it, and its network namespace {found.netns} lives",
+                 f"table {ruleset.TABLE} has no entry for it: {LIST}"],
                 "cni-portmap restore, which re-creates the rules that a flush or a firewall's reload has removed")
 
 
@@ -131,8 +131,8 @@ def _by_other(scene: Scene, target: Target | None) -> Iterator[Finding]:
     for claim in _claims(scene):
         if claim.has(claim.family, number, scene.port) and claim.ports != ANY:
             who = publisher(claim.chain) or f"table {claim.chain.family} {claim.chain.table}"
-            where = f"{shown(claim.target) or 'an address that it chooses'}" + (", port "
-                                                                                f"{claim.port}" if claim.port else "")
+            where = f"{shown(claim.target) or 'an address that it chooses'}" + (
+                f", port {claim.port}" if claim.port else "")
             on = f" on {shown(claim.daddr)}" if claim.daddr else ""
             owner = _owner_of_target(scene, claim)
             yield BY_OTHER.found(
@@ -444,8 +444,7 @@ LOST_FROM_KERNEL = Check(
     "lost-from-kernel", ERROR, "The rules were removed, by `nft flush ruleset` or a firewall's reload; the container "
     "runs, and libcni's cache knows its ports.", "`cni-portmap restore`", _lost_from_kernel)
 CONTAINER_STOPPED = Check("container-stopped", ERROR, "The container is down; libcni's cache knows that it had the "
-                                                      "port.",
-                          "Start it.", _container_stopped, ("published-by-other",))
+                          "port.", "Start it.", _container_stopped, ("published-by-other",))
 OTHER_PROTOCOL = Check("published-other-protocol", ERROR, "It is published for TCP and asked for by UDP, or the other "
                        "way round.", "Publish it for both.", _other_protocol)
 BY_OTHER = Check("published-by-other", ERROR, "Docker, netavark, the reference plugin or somebody else publishes it. "
@@ -459,12 +458,10 @@ ELSEWHERE = Check("published-in-other-namespace", ERROR, "A rootless runtime pub
 CONTAINER_PORT = Check("container-port-asked", ERROR, "The number is the container's port, and another one is "
                        "published.", "Use the host's port.", _container_port)
 HOST_PROCESS = Check("host-process", INFO, "A process of this host, or a container on the host's network, has the "
-                                           "port.",
-                     "Nothing is to be published.", _host_process, ("published-by-other",))
+                     "port.", "Nothing is to be published.", _host_process, ("published-by-other",))
 HOSTIP_NOT_HERE = Check("hostip-not-here", ERROR, "It is published on an address that has left this host (DHCP, a "
-                        "virtual IP). A warning with `ip_nonlocal_bind`.", "Give the address back, or publish on "
-                                                                           "another.",
-                        _hostip_not_here)
+                        "virtual IP). A warning with `ip_nonlocal_bind`.",
+                        "Give the address back, or publish on another.", _hostip_not_here)
 OTHER_ADDRESS = Check("published-on-other-address", ERROR, "It is published on other addresses than the one asked "
                       "for (`--to`). A warning where that is no address of this host.", "Use those, or publish it on "
                       "this one.", _other_address)

@@ -298,8 +298,7 @@ def _passed_by(check: Check, packets: str, those: str, scene: Scene, target: Tar
         chain, text, removal = found
         yield check.found(
             f"a rule lets {packets} {trips[0]} for {target.label} pass connection tracking by{those} are not "
-            "translated",
-            [f"{chain}: {text}: {listing(chain, True)}"], removal,
+            "translated", [f"{chain}: {text}: {listing(chain, True)}"], removal,
             tuple(dict.fromkeys(trip.path for trip in trips)))._replace(
                 table=f"{chain.family} {chain.table}", chain=chain.name, backend=chain.backend)
 
@@ -310,8 +309,8 @@ def _no_forward_route(scene: Scene, target: Target) -> Iterator[Finding]:
             where = shown(trip.journey.destination[0]) or "an address that a rule chooses"
             yield NO_FORWARD_ROUTE.found(
                 f"packets {trip} for {target.label} go to {where}, and this host cannot say by which way",
-                [f"ip route get {where}"], f"ip route get {where}, and see that it leads to the "
-                                           "container", (trip.path,))
+                [f"ip route get {where}"], f"ip route get {where}, and see that it leads to the container",
+                (trip.path,))
             return
 
 
@@ -328,10 +327,10 @@ def _stale_flow(scene: Scene, target: Target) -> Iterator[Finding]:
                 host = shown(flow.destination)
                 yield STALE.found(
                     f"connection tracking still sends packets of a client for {target.label} to {shown(flow.target)}, "
-                    "which had the port, or none, before", [f"conntrack -L -p {target.protocol} --orig-port-dst "
-                                                      f"{target.port}"],
-                    f"conntrack -D -p {target.protocol} --orig-dst {host} --orig-port-dst "
-                    f"{target.port}", (OUTSIDE, HOST))
+                    "which had the port, or none, before",
+                    [f"conntrack -L -p {target.protocol} --orig-port-dst {target.port}"],
+                    f"conntrack -D -p {target.protocol} --orig-dst {host} --orig-port-dst {target.port}",
+                    (OUTSIDE, HOST))
                 return
     except OSError:
         return
@@ -342,9 +341,8 @@ def _conntrack_full(scene: Scene, target: Target) -> Iterator[Finding]:
     if most and count * 100 >= most * 95:
         yield FULL.found(
             f"the table of tracked connections is {'full' if count >= most else 'nearly full'}: {count} of {most}; "
-            "new ones "
-            "are dropped", [f"sysctl net.netfilter.nf_conntrack_count: {count}, net.netfilter.nf_conntrack_max: "
-                            f"{most}"],
+            "new ones are dropped",
+            [f"sysctl net.netfilter.nf_conntrack_count: {count}, net.netfilter.nf_conntrack_max: {most}"],
             f"sysctl -w net.netfilter.nf_conntrack_max={most * 2}; and see who makes so many: conntrack -L",
             severity=ERROR if count >= most else WARNING)
 
@@ -373,9 +371,9 @@ def _closed_by_exposure(scene: Scene, target: Target | None) -> Iterator[Finding
                 continue
             text = rule_of(scene, end, trip.packet.family)
             yield CLOSED.found(
-                f"packets {trip} to {ip}, the container's own address, are dropped by the policy of its "
-                "network", [f"{end.chain}: {text}: {listing(end.chain, True)}",
-                            "gatewayModeV4 or gatewayModeV6 in its configuration: cni-portmap list --exposure"],
+                f"packets {trip} to {ip}, the container's own address, are dropped by the policy of its network",
+                [f"{end.chain}: {text}: {listing(end.chain, True)}",
+                 "gatewayModeV4 or gatewayModeV6 in its configuration: cni-portmap list --exposure"],
                 f"connect to {way}; or open it: allowDirectRouting or trustedHostInterfaces, see docs/exposure.md",
                 (OUTSIDE,), ERROR if asked else INFO)._replace(
                     table=f"{end.chain.family} {end.chain.table}", chain=end.chain.name, backend=end.chain.backend)
@@ -384,17 +382,15 @@ def _closed_by_exposure(scene: Scene, target: Target | None) -> Iterator[Finding
 
 PATHLESS = (*GONE, *ROUTES)
 DROPPED = Check("dropped-by-firewall", ERROR, "A rule or policy drops or rejects new packets, replies or later "
-                                              "packets: "
-                "firewalld, ufw, Docker, nft, iptables-nft or iptables-legacy.", "Let translated connections pass "
-                                                                                 "there: "
-                "`ct status dnat accept`; ufw: `ufw route allow`; Docker: `iptables -I DOCKER-USER -m conntrack "
-                "--ctstate DNAT -j ACCEPT`; firewalld: `StrictForwardPorts=no`.", _dropped)
+                "packets: firewalld, ufw, Docker, nft, iptables-nft or iptables-legacy.",
+                "Let translated connections pass there: `ct status dnat accept`; ufw: `ufw route allow`; Docker: "
+                "`iptables -I DOCKER-USER -m conntrack --ctstate DNAT -j ACCEPT`; firewalld: `StrictForwardPorts=no`.",
+                _dropped)
 MAYBE_DROPPED = Check("maybe-dropped", WARNING, "A rule drops packets, but for those that a rule before lets through "
-                                                "(a "
-                      "warning); or those of some clients only (an info). `--from` tells.", "As above.", _maybe_dropped)
+                      "(a warning); or those of some clients only (an info). `--from` tells.", "As above.",
+                      _maybe_dropped)
 TAKEN = Check("taken-by-other", ERROR, "Another program's DNAT rule takes the port first, or would after its next "
-                                       "restart.",
-              "Publish one of the two on another port.", _taken_by_other)
+              "restart.", "Publish one of the two on another port.", _taken_by_other)
 MAYBE_TAKEN = Check("maybe-taken", WARNING, "Another program's DNAT rule takes some packets for the port.",
                     "Publish one of the two on another port.", _maybe_taken)
 NOTRACK = Check("notrack", ERROR, "A rule of the raw table exempts the packets from connection tracking.",
@@ -406,9 +402,8 @@ NO_FORWARD_ROUTE = Check("no-forward-route", WARNING, "Where a translated packet
 STALE = Check("stale-flow", ERROR, "UDP: a flow from before still leads elsewhere.", "`conntrack -D`", _stale_flow)
 FULL = Check("conntrack-full", ERROR, "The table of tracked connections is full; a warning at 95 %.",
              "`sysctl -w net.netfilter.nf_conntrack_max=…`", _conntrack_full)
-LEGACY_UNREADABLE = Check("legacy-unreadable", INFO, "iptables-legacy has rules that cannot be "
-                                                     "read.", "Run it as root.",
-                          _legacy_unreadable)
+LEGACY_UNREADABLE = Check("legacy-unreadable", INFO, "iptables-legacy has rules that cannot be read.",
+                          "Run it as root.", _legacy_unreadable)
 
 CLOSED = Check("closed-by-exposure", INFO, "A policy of the container's network (gatewayMode) closes its own address. "
                "An error with `--to` that address.", "Use the published port, or `allowDirectRouting`.",
