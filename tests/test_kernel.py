@@ -1,4 +1,5 @@
 """The module that touches the kernel, as far as it goes without root: its failures, its lock, what it leaves."""
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from helpers import ROOT
 
 from cni_portmap import cni, linux, ruleset
 from cni_portmap.cni import CniError
-from cni_portmap.linux import alive, conntrack, kernel, libnftables, netlink
+from cni_portmap.linux import alive, conntrack, kernel, libnftables, localhost, netlink
 from cni_portmap.linux.kernel import Kernel
 from cni_portmap.linux.netlink import attribute, nested
 
@@ -771,3 +772,16 @@ def test_a_chain_that_was_flushed_meanwhile(monkeypatch):
     monkeypatch.setattr(kernel, "transact", None)
     monkeypatch.setattr(kernel, "_send", None)
     assert kernel.write(change, 7) is False
+
+
+def test_interfaces_that_go_while_they_are_asked_for(monkeypatch):
+    """Containers come and go while restore looks for what is open: what has gone is not, and no failure."""
+    monkeypatch.setattr(localhost, "_interfaces", lambda: ["gone0", "lo"])
+    monkeypatch.setattr(localhost, "_is_open", lambda name: True)
+    assert "gone0" not in localhost.open_interfaces() and localhost.open_bridges() == []
+    assert netlink.name_of(1 << 30) == ""
+
+    def vanished(path):
+        raise OSError(errno.ENODEV, "No such device")
+    monkeypatch.setattr(kernel, "read", vanished)
+    assert Kernel().localnet("gone0") is False

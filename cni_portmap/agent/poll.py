@@ -37,8 +37,8 @@ class Poll:
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call a handler at these events. Any thread may do this."""
-        self._handlers[fd] = handler
         self._epoll.register(fd, events)
+        self._handlers[fd] = handler
 
     def forget(self, fd: int) -> None:
         """Watch a descriptor no more that is still open: a child may have a copy, and epoll would not forget it."""

@@ -118,10 +118,10 @@ class Reserve:
             sock.bind((host_ip, port))
             if protocol == "tcp":
                 sock.listen(1024)
+            self.opened(each, sock)
         except OSError:
             sock.close()
             raise
-        self.opened(each, sock)
         return sock
 
     def _close(self, claims: list[Claim]) -> None:

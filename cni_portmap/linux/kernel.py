@@ -463,6 +463,8 @@ class Kernel(Table):
         try:
             return b"1" in (read(_localnet(name)), read(_localnet("all")))
         except OSError as error:
+            if error.errno in (ENOENT, ENODEV):  # it has gone between opening and reading
+                return False
             raise system_error(f"cannot read {_localnet(name)}", error) from None
 
     def set_localnet(self, name: str, value: bool) -> None:

@@ -7,14 +7,14 @@ before the table is deleted; except where another publisher's containers on the 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from socket import AF_INET, if_indextoname, if_nametoindex, inet_ntop
+from collections.abc import Callable, Iterator
+from socket import AF_INET, if_nametoindex, inet_ntop
 from typing import NamedTuple
 
 from ..ruleset import OPENED
 from .expressions import DnatRule
 from .kernel import LOCALHOST_METRIC, Kernel
-from .netlink import delete_local_route, interface_to, link_kind, local_routes, prefixes_of, uplink
+from .netlink import delete_local_route, interface_to, link_kind, local_routes, name_of, prefixes_of, uplink
 from .table import translations
 
 # Other publishers whose DNAT rules forward this host's localhost to containers, by the names of tables and chains.
@@ -42,14 +42,22 @@ def interfaces_of_published(kernel: Kernel) -> list[str]:
 
 def open_interfaces() -> list[str]:
     """The interfaces that are open to 127.0.0.0/8, but those that have an address of it: somebody uses it there."""
-    return [name for name in _interfaces() if _is_open(name) and not any(
-        prefix.startswith("127.") for prefix in prefixes_of(4, if_nametoindex(name)))]
+    return [name for name in _interfaces() if _is_open(name) and _is(
+        name, lambda index: not any(prefix.startswith("127.") for prefix in prefixes_of(4, index)))]
 
 
 def open_bridges() -> list[str]:
     """Those of them that are bridges, but the uplink: of those that publishers open, they outlive their containers."""
-    indexes = {name: if_nametoindex(name) for name in open_interfaces()}
-    return [name for name, index in indexes.items() if link_kind(index) == "bridge" and index != uplink(4)]
+    return [name for name in open_interfaces() if _is(
+        name, lambda index: link_kind(index) == "bridge" and index != uplink(4))]
+
+
+def _is(name: str, question: Callable[[int], bool]) -> bool:
+    """Ask something about an interface, by its index; False where it has gone."""
+    try:
+        return question(if_nametoindex(name))
+    except OSError:
+        return False
 
 
 def _is_open(name: str) -> bool:
@@ -69,13 +77,13 @@ def close(kernel: Kernel, dry_run: bool = False) -> Closing:
     left_open = {name: needed.get(name) or needed[""] for name in candidates if name in needed or "" in needed}
     left_open |= {name: f"the table does not say that cni-portmap opened it; to close it: sysctl -w {LOCALNET % name}=0"
                   for name in _interfaces() if name not in candidates and kernel.localnet(name)}
-    routes = local_routes("::1", LOCALHOST_METRIC)
-    closing = Closing([name for name in candidates if name not in left_open], [*map(if_indextoname, routes)], left_open)
+    routes = {index: name for index in local_routes("::1", LOCALHOST_METRIC) if (name := name_of(index))}
+    closing = Closing([name for name in candidates if name not in left_open], [*routes.values()], left_open)
     if not dry_run:
         for name in closing.ipv4:
             kernel.set_localnet(name, False)
-        for interface in routes:
-            delete_local_route("::1", interface, LOCALHOST_METRIC)
+        for index in routes:
+            delete_local_route("::1", index, LOCALHOST_METRIC)
     return closing
 
 

@@ -204,7 +204,15 @@ def uplink(family: int) -> int:
 def interface_to(family: int, ip: str) -> str:
     """The name of the interface that a container's address is directly behind; "" for none."""
     try:
-        return if_indextoname(route_interface(family, ip))
+        return name_of(route_interface(family, ip))
+    except OSError:
+        return ""
+
+
+def name_of(index: int) -> str:
+    """The name of the interface with an index; "" for none."""
+    try:
+        return if_indextoname(index)
     except OSError:
         return ""
 
@@ -248,11 +256,11 @@ def add_local_route(ip: str, interface: int, metric: int) -> None:
 
 
 def delete_local_route(ip: str, interface: int, metric: int) -> None:
-    """Undo `add_local_route`; a route that is gone already is no error."""
+    """Undo `add_local_route`; a route that is gone already, or its interface, is no error."""
     try:
         Socket(NETLINK_ROUTE).ask(RTM_DELROUTE, _local_route(ip, interface, metric))
     except OSError as error:
-        if error.errno != ESRCH:
+        if error.errno not in (ESRCH, ENODEV):
             raise
 
 

@@ -140,11 +140,6 @@ class Scene:
             self._sysctls[name] = sysctl(name)
         return self._sysctls[name]
 
-    def close(self) -> None:
-        """Close what it reads by."""
-        self.host.close()
-        self.rulesets.close()
-
     def _targets(self) -> Iterator[Target]:
         for line in self.lines:
             ports = zip(line.host_ports, line.container_ports, strict=True)
