@@ -197,6 +197,15 @@ def test_the_default_address_of_its_network(bin_dir):
         assert not there.answers(path="localhost", port=9090, timeout=0.3) and there.answers(4, "localhost", 9091)
 
 
+def test_the_conditions_of_its_network(bin_dir, tmp_path):
+    """They hold for an operator's ports as for the runtime's, also for those that stay, wherever libcni's cache is."""
+    with Clinic(bin_dir, conditionsV4=["ip saddr 192.0.2.0/24"]) as there:
+        Cache(tmp_path).remember(there.web)
+        published(there, "--cache", tmp_path, "web", "9090:80", "9091:80")
+        assert there.command("unpublish", "--cache", tmp_path, "web", "9090:80").returncode == 0
+        assert "ip saddr 192.0.2.0/24 tcp dport 9091" in lab.table() and "dport 9090" not in lab.table()
+
+
 def test_gc_and_a_dead_container(clinic):
     """gc removes what was published of a container that is gone; teardown names it."""
     plain = clinic.container("plain")

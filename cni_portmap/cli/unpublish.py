@@ -7,7 +7,7 @@ from ..libcni_cache import CACHE_DIRS, with_mappings
 from ..linux.kernel import Kernel
 from ..verbs.publish import operators_ports, owners_of, publish, unpublish
 from .publish import Mapping, ambiguous, container, document_of, mapping, mappings_of
-from .shared_options import add_plugin
+from .shared_options import add_cache, add_plugin
 
 HELP = "remove ports that cni-portmap publish has published"
 
@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="the beginning of its ID, the name of its pod, or its own")
     parser.add_argument("ports", metavar="[HOSTIP:]HOSTPORT:PORT[/PROTOCOL]", nargs="*", type=mapping,
                         help="only these (default: all)")
+    add_cache(parser)
     add_plugin(parser)
 
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
         if not rest:
             unpublish(owner, kernel)
         elif going:
-            document = document_of(owner, CACHE_DIRS, options.plugin)
+            document = document_of(owner, options.cache or CACHE_DIRS, options.plugin)
             publish(with_mappings(document, rest, options.plugin, kernel), kernel)
     missing = [asked for asked in options.ports if not any(_is_of(each, asked) for each in removed)]
     if missing:
