@@ -176,8 +176,8 @@ def test_a_policy_without_host_ports(bin_dir, mode, is_cached):
 
 @pytest.mark.parametrize("changes", [{"cniArgs": 5}, {"cniArgs": [[[], 1], ["K8S_POD_NAME", 5]]},
                                      {"config": "no base64"}, {"config": None}, {"netns": "/run/\0"}, {"netns": 7},
-                                     {"containerId": 7}, {"result": [], "cniArgs": None}, {"capabilityArgs": []}],
-                         ids=str)
+                                     {"netns": "\ud800"}, {"containerId": 7}, {"result": [], "cniArgs": None},
+                                     {"capabilityArgs": []}], ids=ascii)
 def test_a_damaged_cache(clinic, changes):
     """A file that is not as libcni writes it is one sentence, and no other container's matter."""
     other = clinic.container("other-1")

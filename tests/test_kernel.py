@@ -17,7 +17,7 @@ from helpers import ROOT
 
 from cni_portmap import cni, linux, ruleset
 from cni_portmap.cni import CniError
-from cni_portmap.linux import alive, conntrack, kernel, libnftables, localhost, netlink
+from cni_portmap.linux import alive, conntrack, host, kernel, libnftables, localhost, netlink
 from cni_portmap.linux.kernel import Kernel
 from cni_portmap.linux.netlink import attribute, nested
 
@@ -785,3 +785,12 @@ def test_interfaces_that_go_while_they_are_asked_for(monkeypatch):
         raise OSError(errno.ENODEV, "No such device")
     monkeypatch.setattr(kernel, "read", vanished)
     assert Kernel().localnet("gone0") is False
+
+
+@pytest.mark.parametrize("path", ["/run/\0", "\ud800", "", "/nonexistent", "/proc/self/exe"])
+def test_a_namespace_that_is_none(path):
+    """Whatever path others have written into a record or libcni's cache is an OSError, and nothing was entered."""
+    before = os.readlink("/proc/thread-self/ns/net")
+    with pytest.raises(OSError, match=r"Invalid argument|No such file"), host.inside(path):
+        pass
+    assert not host.is_own_namespace(path) and os.readlink("/proc/thread-self/ns/net") == before

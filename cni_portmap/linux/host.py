@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ..attachment import AF
 from ..ruleset import PROTOCOL_NUMBERS
+from . import EINVAL
 from .kernel import CLONE_NEWNET
 from .netlink import (IFA_ADDRESS, IFA_LOCAL, IFLA_ADDRESS, IFLA_EXT_MASK, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINKINFO,
                       IFLA_MASTER, NETLINK_ROUTE, RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_VIA, RTEXT_FILTER_SKIP_STATS,
@@ -157,7 +158,10 @@ def inside(path: str) -> Iterator[None]:
     libc = ctypes.CDLL(None, use_errno=True)
     outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        there = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            there = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except ValueError:  # NUL or a lone surrogate: others may have written it
+            raise OSError(EINVAL, os.strerror(EINVAL), path) from None
         try:
             if libc.setns(there, CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
@@ -176,7 +180,7 @@ def is_own_namespace(path: str) -> bool:
     """Whether a path leads to the network namespace that this process is in."""
     try:
         there, here = os.stat(path), os.stat("/proc/thread-self/ns/net")
-    except OSError:
+    except (OSError, ValueError):
         return False
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
