@@ -17,7 +17,7 @@ from lab import TABLE
 from lab.libcni_cache import Cache
 from lab.clinic import CLIENT_IP, LAN_IP, Clinic
 from lab.servers import exchange
-from lab.links import add_addresses, add_route, delete_link, flush_addresses
+from lab.links import add_addresses, add_route, delete_link, flush_addresses, have_settled
 import pytest
 
 from cni_portmap.cli.checks import CHECKS
@@ -616,6 +616,7 @@ def test_doctor_changes_nothing(bin_dir, words):
     """Not a rule, sysctl, link, route, table of iptables-legacy or module; whatever it looks at."""
     with Clinic(bin_dir) as clinic:
         iptables("-A FORWARD -p tcp --dport 22 -j DROP")(clinic)
+        assert lab.until(have_settled)
         before, generation = everything(), lab.generation()
         clinic.doctor(*words)
         assert lab.generation() == generation

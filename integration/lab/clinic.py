@@ -75,7 +75,7 @@ class Clinic:
     def command(self, *words: object) -> "subprocess.CompletedProcess[str]":
         """The command, as it ended. The launcher of an installation, in this network namespace."""
         done = subprocess.run([self._bin_dir.parent / "sbin/cni-portmap", *map(str, words)], capture_output=True,
-                              text=True, timeout=60, check=False)
+                              text=True, timeout=300, check=False)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

@@ -5,10 +5,12 @@ again (0.1 ms): nothing of it outlives a call, no process and no thread, and non
 """
 import contextlib
 import os
+import pathlib
 import socket
 
 from pyroute2 import IPRoute
 
+_TENTATIVE = 0x40  # IFA_F_TENTATIVE
 _NODAD = 2  # IFA_F_NODAD: no duplicate address detection, so usable at once
 _LOCAL_TABLE = 255  # RT_TABLE_LOCAL
 
@@ -76,6 +78,13 @@ def delete_link(device: str, missing_ok: bool = False) -> None:
         return
     with IPRoute() as ip:
         ip.link("del", index=socket.if_nametoindex(device))
+
+
+def have_settled() -> bool:
+    """Whether each link has a link-local address that it may use: the last of what the kernel adds after it is up."""
+    usable = {line.split()[5] for line in pathlib.Path("/proc/thread-self/net/if_inet6").read_text().splitlines()
+              if line.startswith("fe80") and not int(line.split()[4], 16) & _TENTATIVE}
+    return usable >= {name for _, name in socket.if_nameindex() if name != "lo"}
 
 
 def mac_of(device: str) -> bytes:

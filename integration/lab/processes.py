@@ -21,7 +21,7 @@ def succeed(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def run(*command: object, input: str | None = None, check: bool = True, timeout: float = 60) -> str:
+def run(*command: object, input: str | None = None, check: bool = True, timeout: float = 300) -> str:
     """Run a command; its output. A failure names the command and what it printed."""
     done = subprocess.run([str(word) for word in command], input=input, text=True, capture_output=True,
                           timeout=timeout, check=False)
@@ -33,8 +33,10 @@ def run(*command: object, input: str | None = None, check: bool = True, timeout:
 def until(condition: Callable[[], object], seconds: float = 30) -> bool:
     """Wait for what happens in somebody else's time and has no signal; whether it happened in time."""
     end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
+    while True:
+        is_late = time.monotonic() > end  # before the last look: this process may be late, too
+        if condition():
+            return True
+        if is_late:
             return False
         time.sleep(0.01)
-    return True

@@ -27,7 +27,7 @@ class CniFailed(Exception):
 
 
 def call_process(executable: str | pathlib.Path, verb: str, config: object, container_id: str = "", netns: str = "",
-                 ifname: str = "eth0", timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+                 ifname: str = "eth0", timeout: float = 300) -> "subprocess.CompletedProcess[str]":
     """One call of one plugin, as it ended: status, stdout, stderr."""
     environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CNI_COMMAND": verb, "CNI_CONTAINERID": container_id,
                "CNI_NETNS": netns, "CNI_IFNAME": ifname, "CNI_PATH": str(pathlib.Path(executable).parent)}
@@ -37,7 +37,7 @@ def call_process(executable: str | pathlib.Path, verb: str, config: object, cont
 
 
 def call_plugin(executable: str | pathlib.Path, verb: str, config: object, container_id: str = "", netns: str = "",
-                ifname: str = "eth0", timeout: float = 60) -> Any:
+                ifname: str = "eth0", timeout: float = 300) -> Any:
     """One call of one plugin: its result, {} for none. Raises CniFailed, and AssertionError for anything else."""
     done = call_process(executable, verb, config, container_id, netns, ifname, timeout)
     name = pathlib.Path(executable).name

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .agent import Agent
 from .calls import Host, Pod, fork
 from .libcni_cache import Cache
+from .links import have_settled
 from .namespaces import wire
 from .processes import run, until
 from .tables import keep_conntrack, nft_script, state, table
@@ -29,9 +30,7 @@ def traces() -> dict[str, list[str]]:
     def netlink_sockets() -> list[str]:
         return [row for row in rows("/proc/net/netlink") if row.split()[2] != "0"]  # 0: the kernel's own
 
-    deadline = time.monotonic() + 5
-    while netlink_sockets() and time.monotonic() < deadline:
-        time.sleep(0.005)  # see kernel.leave
+    until(lambda: not netlink_sockets())  # see kernel.leave
     return {
         "table": state(),
         "other tables": sorted(set(lines("nft", "list", "tables"))),
@@ -66,6 +65,7 @@ def soak(executable: pathlib.Path, cycles: int, as_process: bool = False,
     host = Host(executable)
     for i in range(CONTAINERS):
         wire(f"soak{i}", (f"10.30.{i}.1/24", f"fd30:{i}::1/64"), (f"10.30.{i}.2/24", f"fd30:{i}::2/64"))
+    assert until(have_settled)
 
     def call(verb: str, pod: Pod) -> None:
         reply = host.call(verb, pod) if as_process else fork(verb, pod)
