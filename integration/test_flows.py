@@ -37,7 +37,7 @@ each_way = pytest.mark.parametrize("who, to, family", [(*way, family) for way in
 
 
 def udp(site, who, to, family, port=PORT):
-    return lab.Client(site.places[who], site.ip(to, family), port, "udp", timeout=0.3)
+    return lab.Client(site.places[who], site.ip(to, family), port, "udp")
 
 
 @each_way

@@ -188,9 +188,9 @@ class Client:
     def ask_until(self, server: str, timeout: float = 30.0) -> Saw | None:
         """Ask again, as real clients do, until `server` answers; after `timeout` seconds the last answer, if any."""
         end, saw = time.monotonic() + timeout, None
-        while time.monotonic() < end and (saw is None or saw.server != server):
+        while (left := end - time.monotonic()) > 0 and (saw is None or saw.server != server):
             try:
-                saw = self.ask()
+                saw = self.ask(min(left, self._timeout))
             except OSError:  # refused, or where there is nobody now
                 saw = None
         return saw
