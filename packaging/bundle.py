@@ -12,6 +12,8 @@ from typing import NamedTuple
 import lock
 from debian import run, unpack
 
+from cni_portmap.linux.installation import PROGRAMS
+
 
 class Target(NamedTuple):
     """What a bundle is for: uname's machine, Debian's triple, the compiler, the loader, where its packages are."""
@@ -89,8 +91,7 @@ def make(tree: pathlib.Path, architecture: str, folder: pathlib.Path, scratch: p
         shutil.copy(_copyright(package, _place(package, target, root, libraries)),
                     folder / f"LICENSES/{package.name}-{package.suite}")
     for file in folder.rglob("*"):
-        runs = file.name in ("portmap", "cni-portmap", "install.sh", "ld.so", "program")
-        file.chmod(0o755 if runs or file.is_dir() else 0o644)
+        file.chmod(0o755 if file.name in PROGRAMS or file.is_dir() else 0o644)
 
 
 def _place(package: lock.Package, target: Target, root: Root, libraries: pathlib.Path) -> pathlib.Path:

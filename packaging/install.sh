@@ -23,6 +23,7 @@ if command -v sha256sum >/dev/null; then
     (cd "$here" && sha256sum -c SHA256SUMS >/dev/null 2>&1) ||
         die "this bundle is damaged: a checksum in SHA256SUMS is wrong; unpack the archive again"
 fi
+[ -x "$here/cni-portmap" ] || die "nothing can be run in $here: is it mounted noexec?"
 case $here in
     */.cni-portmap/*) bin_dir=${here%/.cni-portmap/*} ;;  # the copy that is installed
     *) bin_dir=/opt/cni/bin ;;

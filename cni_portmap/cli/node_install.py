@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 HELP = "install the bundle that this command is of into a node's folder of plugins"
 REPLACED_TIMES, REPLACED_SECONDS = 3, 600
-STOP = ("stop the other first: for Calico set SKIP_CNI_BINARIES=portmap in its container install-cni; AWS' "
+STOP = ("stop the other first: for Calico set SKIP_CNI_BINARIES=portmap in its container install-cni, or, where an "
+        "operator manages that, spec.cni.installMode to CalicoOnly in its Installation; AWS' "
         "aws-vpc-cni-init has no such setting, and needs an image without portmap")
 
 

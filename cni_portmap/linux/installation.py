@@ -27,6 +27,7 @@ SUMS = "SHA256SUMS"
 MARK = b"files of cni-portmap are missing"  # each version's launcher says so, on each architecture: packaging/stub.c
 PROGRAMS = {"portmap", "cni-portmap", "install.sh", "ld.so", "program"}  # all other files are only read
 LAUNCHES = b"from cni_portmap.plugin import main"  # so do the launchers of scripts/install and of packages
+PACKAGED = b'sys.path.insert(0, "/usr/share/cni-portmap")'  # a package's: packaging/stage
 UNUSED_SECONDS = 3600  # no call lasts that long
 CAP_NET_ADMIN = 12
 SELINUX = "security.selinux"
@@ -101,8 +102,11 @@ class Installation:
                 try:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(self._home, 0o755)
-                    # Not for writing: that would forbid to mount it read-only while this watches.
-                    self._lock = os.open(self.lock_path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                    # Not for writing: that would forbid to mount it read-only while this watches. Whoever can open it
+                    # can lock it, so nobody else can.
+                    self._lock = os.open(self.lock_path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                    with contextlib.suppress(OSError):  # of another user, or mounted read-only
+                        os.fchmod(self._lock, 0o600)
                 except FileNotFoundError:
                     if os.path.islink(self._home):
                         raise
@@ -196,6 +200,9 @@ class Installation:
         if os.path.lexists(self.plugin) and not os.path.islink(self.plugin) and not os.path.isfile(self.plugin):
             what = "a folder" if os.path.isdir(self.plugin) else "no file"
             raise CniError(IO_FAILURE, f"{self.plugin} is {what}: expected a plugin there, or nothing")
+        if _is_other_launcher(self.plugin) and PACKAGED in _content(self.plugin, 4096):
+            raise CniError(IO_FAILURE, f"{self.plugin} is of the package cni-portmap, and would be removed with it: "
+                           "remove the package first, or choose another folder")
         was_current = self.is_current()
         for name in self._folders():
             if name.startswith("new-"):  # of one that was killed
@@ -556,7 +563,8 @@ class Installation:
         with _told(f"cannot remove {self._home}"):
             for entry in (each for path in _lines(f"{self._home}/commands") for each in (path, self._beside(path))):
                 with contextlib.suppress(OSError):
-                    if os.readlink(entry) == self.command:
+                    folder, name = os.path.split(os.readlink(entry))
+                    if name == "cni-portmap" and os.path.samefile(folder, self._home):  # by whatever path
                         os.unlink(entry)
             for entry in [*os.scandir(self._home)]:
                 if entry.is_dir(follow_symlinks=False):
@@ -626,6 +634,12 @@ def _files(source: str) -> dict[str, _File]:
     return {path: _File(os.stat(f"{source}/{path}").st_size if os.path.exists(f"{source}/{path}") else -1,
                         0o755 if os.path.basename(path) in PROGRAMS else 0o644, digest)
             for path, digest in sums.items()}
+
+
+def is_plugin(path: str) -> bool:
+    """Whether a file, or what a link leads to, is the plugin of any installation of cni-portmap."""
+    found = os.path.realpath(path)
+    return _is_launcher(found) or _is_other_launcher(found)
 
 
 def _is_launcher(path: str) -> bool:

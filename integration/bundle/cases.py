@@ -8,6 +8,8 @@ folder of plugins has the reference plugin `portmap` at first.
 from installers import FOREIGN, SECTIONLESS
 
 CALICO = "#!/bin/sh\necho another program's\n"
+PACKAGED = ('#!/usr/bin/python3 -IS\nsys.path.insert(0, "/usr/share/cni-portmap")\n'
+            "from cni_portmap.plugin import main\nmain()\n")
 DAMAGED = "lib/libnftables.so.1"
 
 CASES = {
@@ -95,6 +97,8 @@ CASES = {
     "files of ours that all may write are closed again": [
         ("install", "installed"), ("spoil", "777", "lib/program"), ("spoil", "777", "lib"), ("spoil", "777", ".."),
         ("install", "installed"), ("works",), ("is_closed",), ("again",)],
+    "who may not install cannot lock the installers out": [
+        ("install", "installed"), ("spoil", "644", "../lock"), ("install", "already"), ("lock_is_roots_own",)],
     "a folder of ours that was given to another user and closed, without the capability to open it": [
         ("install", "kept what"), ("give_away", "lib", 0o700), ("without_fowner",), ("install", "installed"),
         ("works",), ("again",), ("uninstall", "gave back"), ("as_before",)],
@@ -139,6 +143,8 @@ CASES = {
     "a folder in which no link is followed": [("mounted", "nosymfollow"), ("refuses", "does not run in")],
     "a folder in the plugin's place": [
         ("remove", "portmap"), ("folder", "portmap"), ("refuses", "portmap is a folder")],
+    "a package's plugin, which dpkg would remove, whatever it is then": [
+        ("write", "portmap", PACKAGED), ("refuses", "is of the package cni-portmap")],
     "a file where the versions go": [("write", ".cni-portmap", "theirs"), ("refuses", "move it away")],
     "a kernel without nf_tables": [("no_nf_tables",), ("refuses", "this host cannot publish ports")],
     "an ordinary user": [("as_nobody",), ("refuses", "run it as root")],

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -240,6 +241,9 @@ class Node:
     def is_closed(self) -> None:
         assert not [path for path in (self._home, *self._home.rglob("*"))
                     if not path.is_symlink() and path.stat().st_mode & 0o022]
+
+    def lock_is_roots_own(self) -> None:
+        assert stat.S_IMODE((self._home / "lock").stat().st_mode) == 0o600
 
     def nothing_beside(self) -> None:
         assert {path.name for path in self.bin_dir.iterdir()} == {"portmap", ".cni-portmap"}

@@ -137,6 +137,27 @@ def test_command_of_another_installation(install, bin_dir, tmp_path):
     assert other.read_text() == "another"
 
 
+def test_folder_behind_a_link(install, bin_dir, tmp_path):
+    """The installed copy finds the folder by its own path, and the link to the command by that of before."""
+    (tmp_path / "link").symlink_to(bin_dir)
+    install(bin_dir=tmp_path / "link")
+    lab.run((bin_dir / "portmap").resolve().parent / "install.sh", "--uninstall")
+    assert not [*(tmp_path / "sbin").iterdir()]
+
+
+def test_bundle_where_nothing_can_be_run(bin_dir, bundle, tmp_path):
+    """As /tmp is on hardened hosts: one sentence says so."""
+    lab.run("mount", "--bind", bundle, bundle)
+    try:
+        lab.run("mount", "-o", "remount,bind,noexec", bundle)
+        done = subprocess.run(["sh", bundle / "install.sh", "--bin-dir", bin_dir], capture_output=True, text=True,
+                              check=False)
+    finally:
+        lab.run("umount", bundle)
+    assert done.returncode == 1
+    assert done.stderr == f"install.sh: nothing can be run in {bundle}: is it mounted noexec?\n"
+
+
 def test_wrong_usage(install):
     """An option that there is not; a value that is no path, or no folder of plugins; each is named."""
     for words in (["--nonsense"], ["--bin-dir", "relative"], ["--bin-dir", "/"], ["--name", "a/b"], ["--force"]):

@@ -8,9 +8,10 @@ import pathlib
 import tomllib
 from typing import Any
 
+from ...linux.installation import is_plugin
+
 FOLDERS = ("/usr/local/libexec/cni", "/usr/libexec/cni", "/usr/local/lib/cni", "/usr/lib/cni", "/opt/cni/bin")
 FILES = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
-HEAD = 2000  # bytes: our launcher is a script
 
 
 def calls_another() -> tuple[str, str, tuple[str, ...]] | None:
@@ -21,7 +22,7 @@ def calls_another() -> tuple[str, str, tuple[str, ...]] | None:
         return None
     folders = tuple(map(str, network.get("cni_plugin_dirs") or FOLDERS))
     found = [path for folder in folders if (path := pathlib.Path(folder, "portmap")).exists()]
-    ours = next(filter(_is_ours, found), None)
+    ours = next((path for path in found if is_plugin(str(path))), None)
     return (str(found[0]), str(ours), folders) if ours and ours != found[0] else None
 
 
@@ -32,10 +33,3 @@ def _network() -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             merged |= dict(tomllib.loads(path.read_text()).get("network", {}))
     return merged
-
-
-def _is_ours(path: pathlib.Path) -> bool:
-    """Whether a plugin is a bundle's, or the launcher of scripts/install."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return "/.cni-portmap/" in str(path.resolve()) or b"from cni_portmap.plugin" in file.read(HEAD)
-    return False
