@@ -64,7 +64,9 @@ def is_program(path: str) -> bool:
 
 
 def _table(file: BinaryIO, entry: str, offset: int, length: int, number: int) -> list[tuple[int, ...]]:
-    """A table's entries, of `length` bytes each. Raises struct.error for one that ends early."""
+    """A table's entries, of `length` bytes each. Raises struct.error for one that ends early, or begins too late."""
+    if offset > os.fstat(file.fileno()).st_size:
+        raise struct.error  # no offset that one could seek to
     file.seek(offset)
     table = file.read(length * number)
     return [struct.unpack_from(entry, table, length * each) for each in range(number)]

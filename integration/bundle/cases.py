@@ -5,7 +5,7 @@ install.sh takes those in which it has a say of its own.
 A case is a list of steps, a tuple each: what happens, and with what. `Node` in installers.py has a method for each. A
 folder of plugins has the reference plugin `portmap` at first.
 """
-from installers import FOREIGN, SECTIONLESS
+from installers import FOREIGN, NO_HEADER, SECTIONLESS
 
 CALICO = "#!/bin/sh\necho another program's\n"
 PACKAGED = ('#!/usr/bin/python3 -IS\nsys.path.insert(0, "/usr/share/cni-portmap")\n'
@@ -80,8 +80,9 @@ CASES = {
     "what does not run here does not take the place of what was kept": [
         ("install", "kept what"), ("write", "portmap", CALICO, 0o600), ("install", "installed"),
         ("write", "portmap", FOREIGN), ("install", "installed"), ("write", "portmap", SECTIONLESS[:20000]),
-        ("install", "installed"), ("remove", "portmap"), ("link", "portmap", "gone"), ("install", "installed"),
-        ("works",), ("write", "portmap", CALICO, 0o600), ("uninstall", "gave back"), ("as_before",)],
+        ("install", "installed"), ("write", "portmap", NO_HEADER), ("install", "installed"), ("remove", "portmap"),
+        ("link", "portmap", "gone"), ("install", "installed"), ("works",), ("write", "portmap", CALICO, 0o600),
+        ("uninstall", "gave back"), ("as_before",)],
     "a whole program without sections does": [
         ("install", "kept what"), ("write", "portmap", SECTIONLESS), ("install", "kept what"), ("works",)],
     "one that was killed left a link beside the plugin: the next removes it, also where nothing else is to do": [

@@ -19,6 +19,7 @@ REFERENCE = "#!/bin/sh\necho the reference plugin\n"
 SELINUX, LABEL = "security.selinux", b"system_u:object_r:bin_t:s0\0"
 PROGRAM = pathlib.Path("/bin/true").read_bytes()  # another plugin, which is a program
 FOREIGN = PROGRAM[:18] + (2).to_bytes(2, "little") + PROGRAM[20:]  # for another machine, SPARC
+NO_HEADER = PROGRAM[:40] + b"\xff" * 8 + PROGRAM[48:]  # its sections begin nowhere
 SECTIONLESS = PROGRAM[:40] + bytes(8) + PROGRAM[48:60] + bytes(4) + PROGRAM[64:]  # as UPX leaves it
 
 
