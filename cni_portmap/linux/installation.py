@@ -328,10 +328,10 @@ class Installation:
         with _told(f"{self.bin_dir} cannot be written to"):
             _remove(beside)
             os.symlink(f".cni-portmap/{folder}/portmap", beside)
-        try:
-            self._try(beside)
-        finally:
-            _remove(beside)
+            try:
+                self._try(beside)
+            finally:
+                _remove(beside)
 
     def _try(self, plugin: str) -> None:
         try:
