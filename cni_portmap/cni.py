@@ -317,7 +317,7 @@ def respond(handlers: "Mapping[str, Callable[[Request], str | None]]", environ: 
     except RecursionError:  # what the scanner has just taken may be too deep for those who go on with it
         return 1, _error_document(_too_deep())
     except OSError as error:  # where the system refuses even a module of ours, as with too few descriptors
-        return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror}",
+        return 1, _error_document(CniError(IO_FAILURE, f"{error.filename or 'the system'}: {error.strerror or error}",
                                            "the runtime's limits, or the file system, do not let the plugin work"))
     except (MemoryError, SystemError):  # the second is what the interpreter makes of the first, in some places
         return 1, _no_memory()

@@ -248,6 +248,18 @@ def test_failing_handler():
     assert (status, found["code"], found["cniVersion"]) == (1, 99, "0.4.0") and "test_cni.py" in found["details"]
 
 
+@pytest.mark.parametrize("error, msg", [
+    (OSError(24, "Too many open files"), "the system: Too many open files"),
+    (OSError(2, "No such file or directory", "/proc/x"), "/proc/x: No such file or directory"),
+    (OSError("no interface with this name"), "the system: no interface with this name")], ids=str)
+def test_what_the_system_refuses(error, msg):
+    """It is code 5 with the system's own words, also those that come without a number."""
+    def fail(request):
+        raise error
+    status, document = cni.respond({"ADD": fail}, {"CNI_COMMAND": "ADD", **VARIABLES}, lambda: b"{}")
+    assert (status, json.loads(document)["code"], json.loads(document)["msg"]) == (1, 5, msg)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")])
 def test_too_little_memory(error):
     """It is the system's fault, not the plugin's."""

@@ -785,6 +785,9 @@ def test_interfaces_that_go_while_they_are_asked_for(monkeypatch):
         raise OSError(errno.ENODEV, "No such device")
     monkeypatch.setattr(kernel, "read", vanished)
     assert Kernel().localnet("gone0") is False
+    monkeypatch.setattr(kernel, "read", lambda path: b"1")  # with br_netfilter
+    with pytest.raises(CniError, match="cannot look at the interface gone0: no interface with this name"):
+        Kernel().localhost_obstacle(6, "gone0")
 
 
 @pytest.mark.parametrize("path", ["/run/\0", "\ud800", "", "/nonexistent", "/proc/self/exe"])

@@ -437,15 +437,10 @@ class Kernel(Table):
     def localhost_obstacle(self, family: int, name: str) -> str:
         """Why localhost cannot lead through the interface `name`, "" if it can."""
         if family == 6:
-            from .netlink import link_kind
-            if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and \
-                    link_kind(if_nametoindex(name)) == "bridge":
-                return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
-            for setting in "seg6_enabled", "rpl_seg_enabled":  # the way goes on after all rules (ipv6_srh_rcv)
-                paths = (f"/proc/sys/net/ipv6/conf/{which}/{setting}" for which in ("all", name))
-                if all(read(path) not in (b"", b"0") for path in paths):
-                    return f"net.ipv6.conf.{name}.{setting}=1 lets neighbours send packets on to ::1, past all rules"
-            return ""
+            try:
+                return _localhost6_obstacle(name)
+            except OSError as error:  # it has gone meanwhile
+                raise system_error(f"cannot look at the interface {name}", error) from None
         if self.localnet(name):
             return ""
         path = _localnet(name)
@@ -583,6 +578,17 @@ def legacy_may_have(family: int) -> bool:
 
 def _localnet(interface: str) -> str:
     return f"/proc/sys/net/ipv4/conf/{interface}/route_localnet"
+
+
+def _localhost6_obstacle(name: str) -> str:
+    from .netlink import link_kind
+    if read("/proc/sys/net/bridge/bridge-nf-call-ip6tables") == b"1" and link_kind(if_nametoindex(name)) == "bridge":
+        return "net.bridge.bridge-nf-call-ip6tables=1 translates the reply before it is routed"
+    for setting in "seg6_enabled", "rpl_seg_enabled":  # the way goes on after all rules (ipv6_srh_rcv)
+        paths = (f"/proc/sys/net/ipv6/conf/{which}/{setting}" for which in ("all", name))
+        if all(read(path) not in (b"", b"0") for path in paths):
+            return f"net.ipv6.conf.{name}.{setting}=1 lets neighbours send packets on to ::1, past all rules"
+    return ""
 
 
 def _is_interface(name: str) -> bool:
