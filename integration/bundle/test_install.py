@@ -1,5 +1,7 @@
 """Installers of the bundle: the cases that they share, and what only install.sh does."""
+import collections
 import os
+import re
 import subprocess
 
 import lab
@@ -28,6 +30,44 @@ def test_case(installer, case, bundle, image_root, tmp_path):
             getattr(node, step)(*given)
     finally:
         node.close()
+
+
+CHANGES = "rename", "linkat", "symlink", "unlink", "unlinkat", "rmdir", "mkdir"
+
+
+@pytest.mark.parametrize("word", ["", "--uninstall"])
+def test_killed_at_each_step(bundle, tmp_path, word):
+    """Before each call that changes what there is: a plugin runs, and the next run of the installer ends as the first.
+
+    An upgrade over another's plugin, which is kept; of those calls that copy files, the first and the last.
+    """
+    theirs = f"{REFERENCE}exit 0\n"
+    node = Node(NodeInstall(tmp_path), bundle, tmp_path)
+    node.install("kept what")
+    node.write("portmap", theirs)
+    command = NodeInstall(tmp_path).command(next_version(bundle, tmp_path / "newer"), node.bin_dir, *word.split())
+    before, trace = tmp_path / "before", tmp_path / "trace"
+    lab.run("cp", "-a", node.bin_dir, before)
+    lab.run("strace", "-qqq", "-o", trace, "-e", f"trace={','.join(CHANGES)}", *command)
+    called = collections.Counter(re.findall(r"(?m)^(\w+)\(", trace.read_text()))
+    killed = 0
+    for call, number in called.items():
+        for step in sorted({1, *range(max(1, number - 2), number + 1)}):
+            lab.run("rm", "-rf", node.bin_dir)
+            lab.run("cp", "-a", before, node.bin_dir)
+            lab.run("strace", "-qqq", "-o", trace, "-e", f"trace={call}", "-e",
+                    f"inject={call}:signal=KILL:when={step}", *command, check=False)
+            killed += "killed by SIGKILL" in trace.read_text()
+            done = subprocess.run([node.plugin], input='{"cniVersion": "1.0.0"}', text=True, check=False,
+                                  env={"CNI_COMMAND": "VERSION"}, capture_output=True)
+            assert done.returncode == 0 and done.stdout, (call, step)
+            if not word:
+                node.upgrade("cni-portmap")
+                node.works()
+            node.run("--uninstall")
+            node.holds({"portmap": theirs})
+            assert not (node.bin_dir / ".cni-portmap").exists(), (call, step)
+    assert killed > 10
 
 
 # --- install.sh alone --------------------------------------------------------------------------------------------
