@@ -1,6 +1,7 @@
 """The command, against a kernel that answers from memory: what it prints, and how it ends."""
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_an_error_is_json_too(host, capsys):
 
 
 @pytest.mark.parametrize("error, words", [
-    (OSError(1, "Operation not permitted"), "the system: Operation not permitted\n  run it as root, "),
+    (OSError(1, "Operation not permitted"), "the system: Operation not permitted\n"),
     (OSError(2, "No such file or directory", "/proc/modules"), "/proc/modules: No such file or directory\n"),
     (OSError("bad address"), "the system: bad address\n"), (MemoryError(), "there is not enough memory\n")], ids=str)
 def test_what_the_system_refuses_is_said(host, capsys, error, words):
@@ -101,6 +102,26 @@ def test_what_the_system_refuses_is_said(host, capsys, error, words):
     assert cli.main(["list", "--json"]) == 1
     out, err = capsys.readouterr()
     assert err.startswith(f"cni-portmap: {words}") and json.loads(out)["code"] == 5
+
+
+@pytest.mark.parametrize("command, status", [("version", 0), ("validate --json /nonexistent", 1)])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_without_an_output(command, status, closed):
+    """Who closes standard output or standard error wants to read nothing there, and no traceback."""
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} -m cni_portmap {command} {closed}"], capture_output=True,
+                          text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == status and "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-"])
+def test_nobody_reads_on(closed):
+    """`cni-portmap completion bash | head`: no word of it on standard error, where there is one."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} -m cni_portmap completion bash {closed}"], cwd=ROOT,
+                          stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("command", [["version"], ["list", "--json"], ["completion", "bash"]])
@@ -147,7 +168,7 @@ def test_validate_of_a_file_that_cannot_be_read(host, capsys, tmp_path, content,
         path.write_bytes(content)
     assert cli.main(["validate", "--json", str(path)]) == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["msg"] == words.format(path) and words.format(path) in err
+    assert json.loads(out)["msg"] == words.format(path) and err == f"cni-portmap: {words.format(path)}\n"
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' + "9" * 5000 + "}", "{", "[]", '{"plugins":{}}',

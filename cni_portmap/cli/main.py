@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..cni import IO_FAILURE, CniError, name_process, tell
-from ..linux import system_error
 from ..linux.kernel import Kernel
 
 COMMANDS = ("list", "doctor", "trace", "publish", "unpublish", "restore", "gc", "agent", "adopt", "release", "teardown",
@@ -23,14 +22,15 @@ def main(arguments: list[str] | None = None) -> int:
     kernel = Kernel()
     try:
         status: int = options.run(options, kernel)
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where there is no standard output
     except CniError as error:
         status = _failed(error, options.json)
     except BrokenPipeError:  # `cni-portmap list | head`
-        sys.stderr.close()
+        _discard_output()
         status = 1
     except OSError as error:
-        status = _failed(system_error(error.filename or "the system", error), options.json)
+        why = f"{error.filename or 'the system'}: {error.strerror or error}"
+        status = _failed(CniError(IO_FAILURE, why), options.json)
     except MemoryError:
         status = _failed(CniError(IO_FAILURE, "there is not enough memory"), options.json)
     tell()
@@ -44,10 +44,15 @@ def _failed(error: CniError, as_json: bool) -> int:
     try:
         if as_json:
             print(json.dumps({"code": error.code, "msg": error.msg, "details": error.details}))
-        sys.stdout.flush()
-    except OSError:  # it is full, or closed: the interpreter's end shall not complain of it once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(end="", flush=True)
+    except OSError:  # it is full
+        _discard_output()
     return 1
+
+
+def _discard_output() -> None:
+    """Let what is left for standard output go nowhere: else the interpreter's end would complain of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser(names: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..cni import UNDECODABLE, VERSIONS, CniError
+from ..cni import IO_FAILURE, UNDECODABLE, VERSIONS, CniError
 from ..explain import violations
-from ..linux import system_error
 from ..linux.kernel import Kernel
 from .shared_options import add_plugin
 
@@ -26,7 +25,7 @@ def run(options: argparse.Namespace, kernel: Kernel) -> int:
     try:
         text = options.file.read_text("utf-8")
     except OSError as error:
-        raise system_error(f"cannot read {options.file}", error) from None
+        raise CniError(IO_FAILURE, f"cannot read {options.file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CniError(UNDECODABLE, f"{options.file} is not UTF-8: {error.reason} at byte {error.start}") from None
     findings = [{"line": text.count("\n", 0, at) + 1, "column": at - text.rfind("\n", 0, at), "path": path,
