@@ -21,7 +21,6 @@ def cluster(built, messages):
 def clean(cluster):
     """When a test's objects are gone, nothing of them is left in our table."""
     yield
-    cluster.remove_manifests()
     cluster.delete_all("job,daemonset,deployment,pod")
     cluster.forget_events(REFUSED)
     assert lab.until(lambda: "c/" not in lab.table())
@@ -118,7 +117,7 @@ def edit_static_pod(cluster, name):
     assert lab.until(lambda: says_hello(cluster.client, HOST_IP[4], 8080), 60)
     seconds = gap(cluster.client, HOST_IP[4], 8080,
                   lambda: cluster.write_manifest(name, pod_spec(port(8080), port(8079, 81), command=STAYING_WEB)))
-    cluster.remove_manifests()
+    cluster.end_static_pods()
     return seconds
 
 

@@ -14,10 +14,9 @@ def node(built, messages):
 
 @pytest.fixture
 def clean(node):
-    """When a test's pods are gone, nothing of them is left in our table. The kubelet may begin with one once more."""
+    """When a test's pods are gone, nothing of them is left in our table."""
     yield
-    node.remove_manifests()
-    assert lab.until(node.is_empty, 60)
+    node.end_static_pods()
 
 
 def run_web(node, name):
@@ -71,11 +70,10 @@ def test_restarts(node, clean):
 
 def test_a_second_pod_never_reaches_the_plugin(node, clean):
     """Two pods with one hostPort: the kubelet itself refuses the second"""
-    # Not 8080: the kubelet may start the first once more after its end, and the next test's pod would lose that port.
-    node.write_manifest("first", pod_spec(port(8081)))
+    node.write_manifest("first", pod_spec(port(8080)))
     node.inside_pod("first")
     before = lab.table()
-    node.write_manifest("second", pod_spec(port(8081)))
+    node.write_manifest("second", pod_spec(port(8080)))
     assert lab.until(lambda: "Predicate NodePorts failed" in node.run("curl", "-s", "http://127.0.0.1:10255/pods"))
     assert [each["metadata"]["name"] for each in node.sandboxes()] == ["first-node1"]
     assert lab.table() == before

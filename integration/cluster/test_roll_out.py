@@ -106,8 +106,7 @@ def cluster(built, messages, image):
 def clean(cluster):
     """When a test's objects are gone, the node is as kubeadm left it."""
     yield
-    cluster.kubectl("-n", "kube-system", "delete", "daemonset", "--all")
-    cluster.delete_all("deployment,pod")
+    cluster.delete_all("daemonset,deployment,pod")
     flush_ruleset()
     cluster.run("sh", "-euc", f"rm -rf /opt/clone/my-cluster /opt/clone/way-back {cluster.bin_dir}/.cni-portmap; "
                               f"cp -a --remove-destination {PLUGINS}/portmap {cluster.bin_dir}/portmap")
