@@ -147,14 +147,14 @@ def publish(kernel, **keys):
 @pytest.mark.parametrize("forward", [
     {"port": 8080}, {"port": 8080, "host": LOCAL}])
 def test_add_waits_and_is_refused(forward):
-    """101 for a container that is not provably dead, after two seconds without the lock; nothing is written."""
+    """101 for a container that is not provably dead, after four seconds without the lock; nothing is written."""
     kernel = kernel_with(left("other", "lab", OLD, **forward))
     error = publish(kernel)
     assert error.code == 101 and "reference plugin portmap for container other, network lab" in error.msg
-    assert "waited 2 s" in error.msg and "cni-portmap adopt" in error.details
+    assert "waited 4 s" in error.msg and "cni-portmap adopt" in error.details
     assert kernel.written == [] and not removed(kernel)
     [(_, _, seconds)] = kernel.named("wait_for_leftover")
-    assert seconds == 2
+    assert seconds == 4
     depth = 0
     for name, *_ in kernel.calls:
         depth += (name == "lock") - (name == "unlock")

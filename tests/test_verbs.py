@@ -299,8 +299,8 @@ LAST_RECORD = "net=lab netns=/run/netns/other#99 pod=shop/web"
 def test_patience(args, record):
     """A living owner is waited for without the lock; the refusal says how long."""
     kernel, error, waited = waits(args, record)
-    assert waited == [2] and "wait_for" not in locked(kernel)
-    assert error.code == 101 and "waited 2 s" in error.msg and "container other" in error.msg
+    assert waited == [4] and "wait_for" not in locked(kernel)
+    assert error.code == 101 and "waited 4 s" in error.msg and "container other" in error.msg
     assert len(kernel.named("lock")) == 4 and kernel.written == []  # unknown, met; and both again after the wait
 
 
@@ -317,8 +317,8 @@ def test_an_owner_that_goes():
 
 def test_one_owner_is_waited_for_in_pieces():
     """An owner is waited for once, however often its chain changes."""
-    _, error, waited = waits(wait_for=lambda owner, seconds: min(seconds, 0.75))
-    assert waited == [2, 1.25, 0.5] and "waited 2 s" in error.msg
+    _, error, waited = waits(wait_for=lambda owner, seconds: min(seconds, 1.5))
+    assert waited == [4, 2.5, 1] and "waited 4 s" in error.msg
 
 
 def test_each_owner_has_its_time():
@@ -333,7 +333,7 @@ def test_each_owner_has_its_time():
         return 1.75
     kernel = RecordingKernel(**holding(table), wait_for=goes)
     assert add(kernel, *ports[:4]) is None
-    assert [seconds for *_, seconds in kernel.named("wait_for")] == [2, 2, 2, 0.75]
+    assert [seconds for *_, seconds in kernel.named("wait_for")] == [4, 4, 2.5, 0.75]
     table.update({element: chain for chain, its in owned.items() for element in its})
     error = add(RecordingKernel(**holding(table), wait_for=goes), *ports)
     assert error.code == 101 and "owner5" in error.msg and "waited 0 s" in error.msg

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from ..ruleset import Element
     from .steps import Judged
 
-OWNER_SECONDS = 2  # to wait for a living owner: its DEL may be under way, as in Kubernetes
+# To wait for a living owner: its DEL may be under way, as in Kubernetes. A pod that is deleted by force has two seconds
+# to end before it is killed, and the next one does not wait for it.
+OWNER_SECONDS = 4
 ALL_SECONDS = 6  # for all of them together
 
 

@@ -152,6 +152,17 @@ def test_daemon_set_rolls_out(cluster, clean):
     assert refusals(cluster) == []
 
 
+def test_deleted_by_force(cluster, clean):
+    """A pod that stays until it is killed is deleted by force; the next one gets its port then, and is not refused"""
+    cluster.apply("Pod", "last", pod_spec(port(8080), command=STAYING_WEB))
+    assert lab.until(lambda: says_hello(cluster.client, HOST_IP[4], 8080), 60)
+    cluster.inside_pod("last")
+    cluster.kubectl("delete", "pod", "last", "--grace-period=0", "--force")
+    run_web(cluster, "next")
+    assert lab.until(lambda: len(lab.chains()) == 1 and cluster.sandboxes("next")[0]["id"] in lab.table())
+    assert refusals(cluster) == []
+
+
 def test_restarts_and_flush(cluster, clean):
     """kubelet, containerd and kube-proxy restart: the table is the same; after a flush, restore brings the port back"""
     run_web(cluster, "web")
