@@ -543,6 +543,28 @@ def probe(family: int, conditions: str, protocols: "Iterable[str]") -> str:
     return "\n".join((f"add table {table}", f"add chain {table} probe {{", *rules, "}")) + "\n"
 
 
+def with_indexes(text: str, index_of: "Callable[[str], int]") -> str:
+    """The same conditions with indexes in place of the names of interfaces that iif and oif compare.
+
+    nft takes the index, too; so the rule is the same where it is compiled in another network namespace. `index_of`: 0
+    for a name of no interface. In a concatenation names stay.
+    """
+    words = []
+    value = inside = False  # whether a value is to come, in braces
+    for word in text.split():
+        if word in ("iif", "oif"):
+            value = True
+        elif value and word not in ("==", "!=", "eq", "ne"):
+            name = word.strip('",{}')
+            index = index_of(name) if name else 0
+            words.append(word.replace('"', "").replace(name, str(index)) if index else word)
+            inside = (inside or "{" in word) and "}" not in word
+            value = inside
+            continue
+        words.append(word)
+    return " ".join(words)
+
+
 # Many ports under other numbers share one rule, and a map of their own: host port -> container port. So do ports of
 # many host addresses, by address and port. The map is named after the chain, and goes with it.
 

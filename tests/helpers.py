@@ -37,7 +37,7 @@ class RecordingKernel:
                                        "namespace": INODE, "namespace_soon": INODE, "link": "", "has_link": True,
                                        "owner": lambda chain: ruleset.Owner(chain, ""), "waits": False, "glance": None,
                                        "judge": lambda owners: verdicts(owners, "alive"),
-                                       "is_dormant": False, "snapshot": [],
+                                       "is_dormant": False, "snapshot": [], "index_of": 0,
                                        "hook": lambda name: ruleset.hook_of(ruleset.SHARED[name].hook),
                                        "references": 0, "dry_run": "", "dry_run_apart": "",
                                        "port_in_use": False, "allow_localhost6": "",

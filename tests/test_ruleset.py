@@ -157,6 +157,16 @@ def test_hook(text, numbers):
     assert ruleset.hook_of(text) == numbers
 
 
+@pytest.mark.parametrize("text, expected", [
+    ('iif "eth0" tcp sport 80', "iif 7 tcp sport 80"), ("meta iif != lo oif eq eth0", "meta iif != 1 oif eq 7"),
+    ("iif { lo, eth0 } ip saddr 10.0.0.1", "iif { 1, 7 } ip saddr 10.0.0.1"), ("oif {eth0,  lo}", "oif {7, 1}"),
+    ('iifname "eth0" oifname lo', 'iifname "eth0" oifname lo'), ("iif gone oifname lo", "iif gone oifname lo"),
+    ('iif . ip saddr { "eth0" . 10.0.0.1 }', 'iif . ip saddr { "eth0" . 10.0.0.1 }'), ("iif 7", "iif 7")])
+def test_conditions_by_index(text, expected):
+    """What nft compares by index has it in place of the name, and nothing else has."""
+    assert ruleset.with_indexes(text, lambda name: {"lo": 1, "eth0": 7}.get(name, 0)) == expected
+
+
 def test_mark_bits():
     """The mark bits of a `postrouting` chain are read back from its comments, which others may have written too."""
     for bits in set(), {13}, {0, 3, 13, 30, 31}:

@@ -188,6 +188,13 @@ class Kernel(Table):
         except OSError as error:
             raise system_error("cannot read the links of this host", error) from None
 
+    def index_of(self, name: str) -> int:
+        """The index of an interface, 0 where there is none of that name."""
+        try:
+            return if_nametoindex(name)
+        except OSError:
+            return 0
+
     def has_interface(self, name: str) -> bool:
         """Whether there is an interface of that name."""
         return _is_interface(name)
@@ -308,7 +315,7 @@ class Kernel(Table):
                 with self.empty_namespace() as empty:
                     empty.transact(change.apart())
                     created = [*copies(empty, self, {chain: place for chain, (place,) in places.items()}, kept)]
-            except CniError:  # its conditions name an interface of this host by index; or no right to make a namespace
+            except CniError:  # its conditions have what this host has alone; or no right to make a namespace
                 self.transact(change.text())
                 return True
         return self._send(commands(generation, change, created, kept))

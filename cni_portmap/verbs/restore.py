@@ -15,8 +15,8 @@ from ..linux.localhost import open_bridges, open_interfaces
 from .delete import remove_each
 from .flows import delete_flows_elsewhere, delete_released_flows
 from .steps import (Bequeathed, PortTaken, Unjudged, attach, chains_of_container, changed_each_time, detach, every_way,
-                    expose, interfaces_to_note, judge, open_localhost, resolve_conflicts, share_on_link, shared_chains,
-                    standby_chains, survey, write_shared_chains)
+                    expose, interfaces_to_note, judge, name_by_index, open_localhost, resolve_conflicts, share_on_link,
+                    shared_chains, standby_chains, survey, write_shared_chains)
 
 if TYPE_CHECKING:
     from ..linux.alive import Verdict
@@ -187,6 +187,7 @@ def _survey_each(attachments: list[Attachment], kernel: Kernel) \
     good, refused = [], []
     for attachment in attachments:
         try:
+            name_by_index(attachment, kernel)
             survey(attachment, kernel)
             good.append(attachment)
         except CniError as error:

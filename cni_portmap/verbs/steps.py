@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
     """Let nft read the conditions, alone: the one free text of a configuration. Raises CniError(7)."""
+    name_by_index(attachment, kernel)
     for family, text in attachment.conditions.items():
         protocols = sorted({port.protocol for port in attachment.ports if port.family == family}.union(
             protocol for each in attachment.exposure if each.family == family
@@ -27,6 +28,14 @@ def try_conditions(attachment: Attachment, kernel: "Kernel") -> None:
         if problem:
             raise CniError(INVALID_CONFIG, f"conditionsV{family}: {text!r} is not nft match text for "
                            f"{' and '.join(protocols)} ports", problem)
+
+
+def name_by_index(attachment: Attachment, kernel: "Kernel") -> None:
+    """Let conditions have an interface's index where nft compares that: rules are written where there are no others."""
+    for each in attachment.exposure:
+        each.conditions = ruleset.with_indexes(each.conditions, kernel.index_of)
+    for family, text in attachment.conditions.items():
+        attachment.conditions[family] = ruleset.with_indexes(text, kernel.index_of)
 
 
 def chains_of_container(chains: "Iterable[str]", attachment: Attachment, kernel: "Kernel", judged: "Judged") \
