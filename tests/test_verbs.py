@@ -244,6 +244,14 @@ def test_takeover_by_link():
     assert error.code == 101 and "veth9" in error.details and not kernel.named("judge")
 
 
+def test_an_add_again_reads_once():
+    """The ruleset's number is asked for first: to look tens of thousands of ports up takes long."""
+    kernel = RecordingKernel(**holding(FULL), generation=7)
+    assert add(kernel) is None
+    assert len(kernel.named("lookup")) == len(kernel.named("generation")) == 1
+    assert [generation for _, _, generation in kernel.named("write")] == [7]
+
+
 def test_judged_without_the_lock():
     """Without a link an owner is judged while nobody is held up, and the chain that was judged is the one that goes."""
     kernel = taken(judge=dead)

@@ -83,8 +83,10 @@ def _publish(attachment: Attachment, rules: str, judged: "Judged", deaths: dict[
         leftovers = resolve(attachment, deaths, kernel)
     generation, left = 0, TRIES
     while True:
-        replaced, elsewhere = resolve_conflicts(attachment, chain, kernel, judged)
         again = kernel.has_chain(chain)
+        if again and not generation and left > LAST_TRIES:
+            generation = kernel.generation()  # what is replaced must be what is read from here on
+        replaced, elsewhere = resolve_conflicts(attachment, chain, kernel, judged)
         if again:
             refuse_namesake(attachment, chain, kernel, judged)
             replaced.append(chain)
@@ -95,7 +97,7 @@ def _publish(attachment: Attachment, rules: str, judged: "Judged", deaths: dict[
             write_shared_chains(base, kernel)
         if replaced and (base or not generation) and left > LAST_TRIES:
             generation = kernel.generation()
-            continue  # what is replaced must be what is read from here on
+            continue
         owned, targets = kernel.owned_elements(replaced), kernel.targets(replaced)
         released = [item for item in owned if item[0] not in new]
         change = ruleset.Change()  # what a dead container had is free
