@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from cni_portmap.agent import children, heal, main, metrics, notify
+from cni_portmap.agent import children, heal, main, metrics, notify, redirect
 from cni_portmap.agent.forward import is_admitted
 from cni_portmap.agent.memory import NFT_MSG_DELCHAIN, NFT_MSG_DELRULE, NFT_MSG_DELTABLE, Memory
 from cni_portmap.agent.permits import Permit, permits_in
@@ -280,3 +280,14 @@ def test_periodic_work_goes_on_after_a_failure(monkeypatch):
         task.cancel()
     asyncio.run(asyncio.wait_for(run(), 60))
     assert logged[:3] == ["gc: ended without an answer", "gc: timed out see who holds it", "removed web"]
+
+
+def test_the_agents_own_table_is_flushed():
+    """For a deletion libnftables 1.0 lists every set of the host, and dies on some; and no set is empty."""
+    claims = [(6, "tcp", "", 80), (6, "udp", "::1", 53), (4, "tcp", "", 81)]
+    for wanted, localhost, rules in (claims, True, 2), (claims, False, 1), ([], True, 0):
+        lines = redirect.text(wanted, localhost).splitlines()
+        assert lines[1] == f"flush table {redirect.TABLE}" and not any("delete" in line for line in lines)
+        assert [line for line in lines if "redirect" in line] == [
+            "ip6 saddr fe80::/10 fib daddr type local meta l4proto . th dport { tcp . 80 } redirect;",
+            "ip6 saddr ::1 ip6 daddr ::1 meta l4proto . th dport { tcp . 80, udp . 53 } redirect;"][:rules]

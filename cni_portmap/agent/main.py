@@ -149,7 +149,7 @@ class Agent:
             self._forward.close()
             if self._writing:
                 self._writing.cancel()
-            Kernel().transact(f"add table {redirect.TABLE}\ndelete table {redirect.TABLE}\n")
+            Kernel().delete_table(redirect.NAME)
 
     def _begin(self) -> None:
         """Listen, and say so: the table is known."""

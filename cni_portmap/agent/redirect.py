@@ -18,19 +18,19 @@ def needs_localhost() -> bool:
 
 
 def text(claims: Iterable[Claim], localhost: bool) -> str:
-    """Commands that make the table anew, for IPv6 claims; `localhost`: see `needs_localhost`."""
-    def elements(ports: set[tuple[str, int]]) -> str:
+    """Commands that give the table other rules, for IPv6 claims; `localhost`: see `needs_localhost`.
+
+    It is flushed: for a deletion libnftables 1.0 lists every set of the host, see `linux.batch`.
+    """
+    def rule(match: str, ports: set[tuple[str, int]]) -> str:
         listed = ", ".join(f"{protocol} . {port}" for protocol, port in sorted(ports))
-        return f" elements = {{ {listed} }};" if listed else ""
+        return f"{match} meta l4proto . th dport {{ {listed} }} redirect;" if listed else ""
     everywhere = {(protocol, port) for family, protocol, host_ip, port in claims if family == 6 and not host_ip}
     local = everywhere | {(protocol, port) for family, protocol, host_ip, port in claims
                           if family == 6 and host_ip == "::1"}
-    lines = [f"add table {TABLE}", f"delete table {TABLE}", f"add table {TABLE} {{",
-             f"set ports {{ typeof meta l4proto . th dport;{elements(everywhere)} }}",
-             f"set localhost_ports {{ typeof meta l4proto . th dport;{elements(local)} }}",
-             "chain prerouting { type nat hook prerouting priority -101; policy accept;",
-             "ip6 saddr fe80::/10 fib daddr type local meta l4proto . th dport @ports redirect; }",
-             "chain output { type nat hook output priority -101; policy accept;",
-             "ip6 saddr ::1 ip6 daddr ::1 meta l4proto . th dport @localhost_ports redirect;" if localhost else "", "}",
-             "}"]
+    lines = [f"add table {TABLE}", f"flush table {TABLE}",
+             f"add chain {TABLE} prerouting {{", "type nat hook prerouting priority -101; policy accept;",
+             rule("ip6 saddr fe80::/10 fib daddr type local", everywhere), "}",
+             f"add chain {TABLE} output {{", "type nat hook output priority -101; policy accept;",
+             rule("ip6 saddr ::1 ip6 daddr ::1", local) if localhost else "", "}"]
     return "\n".join(filter(None, lines)) + "\n"

@@ -90,10 +90,9 @@ def begin(generation: int) -> "Command":
 END: "Command" = (NFNL_MSG_BATCH_END, 0, _BATCH, "commit")  # the last one
 
 
-def delete_table() -> "Command":
-    """Our table goes, with all that is in it."""
-    body = NFGENMSG + named(NFTA_TABLE_NAME, ruleset.TABLE_NAME)
-    return NFT_MSG_DELTABLE, 0, body, f"delete table {ruleset.TABLE}"
+def delete_table(name: str) -> "Command":
+    """A table goes, with all that is in it."""
+    return NFT_MSG_DELTABLE, 0, NFGENMSG + named(NFTA_TABLE_NAME, name), f"delete table inet {name}"
 
 
 def copies(written: "Table", there: "Table", places: "Mapping[str, bytes]", kept: "Container[str]" = ()) \

@@ -320,11 +320,11 @@ class Kernel(Table):
                 return True
         return self._send(commands(generation, change, created, kept))
 
-    def delete_table(self) -> None:
-        """Delete the table, with all that is in it; none is no error."""
+    def delete_table(self, name: str = ruleset.TABLE_NAME) -> None:
+        """Delete the table, or another of ours, with all that is in it; none is no error."""
         from .batch import END, begin, delete_table
         self._kept = None
-        self._send([begin(0), delete_table(), END])
+        self._send([begin(0), delete_table(name), END])
 
     def _send(self, messages: "Sequence[Command]") -> bool:
         """Send a transaction; False where what it changes is stale or gone."""

@@ -93,7 +93,7 @@ class Tracing:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._nft.run(f"delete table inet {self.name}")
+        del self._nft  # the kernel deletes what a socket owns with it
         self._socket.close()
 
     def _text(self) -> str:

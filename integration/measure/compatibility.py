@@ -28,7 +28,7 @@ SUITES = "bookworm", "trixie", "forky"
 KERNEL = "6.1"  # the older one; the newer one is that of this machine
 PODS = (Pod("one", "8080:80", "127.0.0.1:7070:70/udp", ips=("10.20.0.2/24", "fd20::2/64")),
         Pod("many", *(f"{9000 + n}:{80 + n}" for n in range(30)), "7000:7000", "7001:7001",
-            conditionsV4=["-s 10.0.0.0/8,192.0.2.0/24"]))
+            conditionsV4=["-s 10.0.0.0/8,192.0.2.0/24"], markMasqBit=7))  # whose ADD gives a shared chain other rules
 LISTINGS = ("list", "ruleset"), ("-j", "list", "ruleset")
 OTHERS = """
 table inet others {
