@@ -1,5 +1,6 @@
 """Many calls at once, and the lock that orders them."""
 import fcntl
+import itertools
 import os
 import pathlib
 import re
@@ -77,6 +78,25 @@ def test_everything_at_once(host):
     assert lab.chains() == sorted(pod.chain for pod in coming + staying)
     for answer in at_once(host, [("CHECK", pod) for pod in coming + staying]):
         assert not answer.code, answer
+
+
+def test_the_table_goes_under_an_add(host):
+    """At any instant after its first transaction: ADD succeeds, and takes nobody's deletion for an old libnftables."""
+    web, places = Pod("web", "8080:80"), itertools.count()
+    is_deleted = True
+    while is_deleted:
+        before, place, is_deleted = lab.generation(), next(places), False
+        instants = itertools.count()
+
+        def look():
+            nonlocal is_deleted
+            if lab.generation() != before and not is_deleted and next(instants) == place:  # noqa: B023
+                lab.nft_script(f"add table {lab.TABLE}", f"delete table {lab.TABLE}")
+                is_deleted = True
+        answer = lab.start_fork("ADD", web, look=look).answer()
+        assert not answer.code, (place, answer)
+        lab.nft_script(f"add table {lab.TABLE}", f"delete table {lab.TABLE}")
+    assert place > 15
 
 
 def test_foreign_changes(host):

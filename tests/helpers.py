@@ -32,7 +32,7 @@ class RecordingKernel:
     """
 
     EMPTY: ClassVar[dict[str, Any]] = {"has_chain": False, "comments": [], "owners": [], "lookup": {},
-                                       "loses_rules": False, "owned_elements": [], "owners_of_port": [],
+                                       "is_empty": False, "owned_elements": [], "owners_of_port": [],
                                        "targets": lambda chains: {chain: set() for chain in chains},
                                        "namespace": INODE, "namespace_soon": INODE, "link": "", "has_link": True,
                                        "owner": lambda chain: ruleset.Owner(chain, ""), "waits": False, "glance": None,
@@ -68,7 +68,7 @@ class RecordingKernel:
             if len(self.calls) == self.fails_at:
                 raise cni.CniError(cni.IO_FAILURE, f"{name} failed")
             answer = self.answers.get(name)
-            if name == "comments" and not self.answers["loses_rules"]:
+            if name == "comments":
                 answer = self._base_comments(*arguments) or answer
             return answer(*arguments) if callable(answer) else answer
         return call

@@ -126,6 +126,11 @@ class Table:
         """Whether the table has such a chain."""
         return self._chain(chain) is not None
 
+    def is_empty(self, chain: str) -> bool:
+        """Whether the table has such a chain, without rules, and without references to it: by one look."""
+        found = self._chain(chain)
+        return found is not None and not any(found.get(NFTA_CHAIN_USE, b""))
+
     def hook(self, chain: str) -> tuple[str, int, int] | None:
         """Type, hook and priority of a chain, see `ruleset.hook_of`; None where it hangs on no hook."""
         found = self._chain(chain) or {}

@@ -251,7 +251,7 @@ def write_shared_chains(text: str, kernel: "Kernel") -> None:
     Raises CniError(100) where libnftables has dropped its rules, as it would drop an attachment's.
     """
     kernel.transact(text)
-    if kernel.has_chain("guard") and not kernel.comments("guard"):
+    if kernel.is_empty("guard"):  # not one that others have deleted since, and the agent may restore
         raise CniError(NFT_REFUSED, "unsupported libnftables: it drops the rules of new chains",
                        "required: 1.0.7, or Debian's 1.0.6-2+deb12u2")
 
