@@ -339,6 +339,7 @@ class Node:
             caller.start()
 
     def no_call_failed(self) -> None:
+        lab.until(lambda: len(self._codes) > 20)  # a busy host makes fewer in the same time
         self._end.set()
         for caller in self._callers:
             caller.join()

@@ -36,6 +36,17 @@ class Watcher:
         assert "this bundle's" in done.stdout, done
         return not done.returncode
 
+    @contextlib.contextmanager
+    def paused(self):
+        """It stands still in the block: what happens there it sees as one."""
+        pid = self._pid()
+        os.kill(pid, signal.SIGSTOP)
+        assert lab.until(lambda: pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def kill(self):
         """As the kernel does for want of memory."""
         os.kill(self._pid(), signal.SIGKILL)
@@ -85,7 +96,8 @@ def test_replaced_by_another(watcher, node):
     assert watcher.is_ready()
     for replace in (lambda: node.write("portmap", CALICO), lambda: node.write_through(CALICO),
                     lambda: node.write("portmap", CALICO)):
-        replace()
+        with watcher.paused():
+            replace()
         watcher.line(f"put back {node.shown}/portmap")
         node.works()
         assert watcher.is_ready()
@@ -127,7 +139,8 @@ NO_PROGRAM = {
 def test_it_never_gives_up_before_what_does_not_work(watcher, watch, node, how):
     """However often it happens, and after a restart, too; what was kept at first is still kept."""
     for _ in range(5):
-        NO_PROGRAM[how](node)
+        with watcher.paused():
+            NO_PROGRAM[how](node)
         watcher.line("gone or damaged")
         assert watcher.is_ready()
     watcher.kill()
@@ -288,15 +301,17 @@ def test_folder_is_a_mount(node):
 
 def test_all_is_removed_under_it(watcher, node):
     """It copies the bundle again."""
-    subprocess.run(["rm", "-rf", node.plugin, node.bin_dir / ".cni-portmap"], check=True)
+    with watcher.paused():
+        subprocess.run(["rm", "-rf", node.plugin, node.bin_dir / ".cni-portmap"], check=True)
     watcher.line("put back")
     node.works()
 
 
 def test_it_cannot_be_put_back(watcher, node):
     """It says why, once, is not ready, and goes on until it can."""
-    node.remove("portmap")
-    node.folder("portmap")
+    with watcher.paused():
+        node.remove("portmap")
+        node.folder("portmap")
     watcher.line("portmap is a folder")
     assert not watcher.is_ready()
     node.plugin.rmdir()
