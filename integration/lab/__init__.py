@@ -45,6 +45,7 @@ from .links import (
     delete_link,
     enslave,
     family_of,
+    has_link,
     localhost_routes,
 )
 from .namespaces import (

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from .userland import UNPACKED
-from .processes import run
+from .processes import run, until
 
 DEFINITION = UNPACKED / "cri-api/usr/share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto"
 
@@ -37,6 +37,7 @@ class Cri:
             ("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500)])
         grpc.channel_ready_future(self._channel).result(timeout=60)
+        assert until(self._is_initialized, 60)
 
     def __call__(self, method: str, service: str = "RuntimeService", **request: Any) -> Any:
         from google.protobuf.json_format import MessageToDict, ParseDict
@@ -44,6 +45,17 @@ class Cri:
         call = self._channel.unary_unary(f"/runtime.v1.{service}/{method}", question.SerializeToString,
                                          answer.FromString)
         return MessageToDict(call(ParseDict(request, question()), timeout=60), preserving_proto_field_name=True)
+
+    def _is_initialized(self) -> bool:
+        """Whether it has recovered what it knew: containerd serves before (containerd#8468)."""
+        import grpc
+        try:
+            self("Version")
+            return True
+        except grpc.RpcError as error:
+            if "not initialized" not in error.details():
+                raise
+            return False
 
     def close(self) -> None:
         self._channel.close()

@@ -24,6 +24,7 @@ class Firewalld:
         self._machine.write("/etc/dbus.conf", BUS)
         self._machine.run("mkdir", "-p", "/run/dbus")
         self._bus = self._machine.daemon("dbus-daemon", "--config-file=/etc/dbus.conf", "--nofork", "--nopidfile")
+        assert until((self._machine.root / "run/dbus/system_bus_socket").exists), self._bus.last_words()
         self.start()
         return self
 
@@ -34,7 +35,7 @@ class Firewalld:
 
     def start(self) -> None:
         self._daemon = self._machine.daemon("firewalld", "--nofork", "--nopid")
-        assert until(lambda: self._machine.run("firewall-cmd", "--state", check=False) == "running\n"), \
+        assert until(lambda: self._machine.run("firewall-cmd", "--state", check=False) == "running\n", 60), \
             self._daemon.last_words()
 
     def stop(self) -> None:

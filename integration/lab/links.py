@@ -72,9 +72,14 @@ def flush_addresses(device: str) -> None:
         ip.flush_addr(index=socket.if_nametoindex(device))
 
 
+def has_link(device: str) -> bool:
+    """Whether there is a link of that name. The kernel removes those of a namespace some time after it."""
+    return device in (name for _, name in socket.if_nameindex())
+
+
 def delete_link(device: str, missing_ok: bool = False) -> None:
     """Delete a link, and so its other end."""
-    if missing_ok and device not in (name for _, name in socket.if_nameindex()):
+    if missing_ok and not has_link(device):
         return
     with IPRoute() as ip:
         ip.link("del", index=socket.if_nametoindex(device))

@@ -7,7 +7,7 @@ from typing import Self
 from .links import bring_up
 from .namespaces import HOST, br_netfilter, own_network, sysctl, wire
 from .processes import run
-from .servers import exchange
+from .servers import exchange, patience
 from .tables import keep_conntrack, nft
 from .userland import NEWER_PLUGINS, PLUGINS, RUNTIMES, UNPACKED, Userland, says, shown_in  # noqa: F401  # for tests
 
@@ -56,9 +56,13 @@ class Machine(Userland):
         super().__exit__()
         self._network.__exit__(None, None, None)
 
-    def whom_server_sees(self, source: str, ip: str, port: int, protocol: str) -> str:
-        """The address that the server behind a published port sees of `client` or `host`; "nobody" if none came."""
-        saw = exchange(self.client if source == "client" else HOST, ip, port, protocol)
+    def whom_server_sees(self, source: str, ip: str, port: int, protocol: str, comes: object) -> str:
+        """The address that the server behind a published port sees of `client` or `host`; "nobody" if none came.
+
+        `comes`: whether somebody should.
+        """
+        where = self.client if source == "client" else HOST
+        saw = exchange(where, ip, port, protocol, timeout=patience(comes))
         return saw.peer if saw else "nobody"
 
 

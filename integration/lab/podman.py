@@ -3,7 +3,7 @@ import subprocess
 
 from .machine import CLIENT_IP, HOST_IP, Machine
 from .namespaces import Netns
-from .servers import Saw, Server, exchange
+from .servers import PATIENT, Saw, Server, exchange
 
 INSTALL = "scripts/install --bin-dir /usr/local/lib/cni"
 CONF = """
@@ -48,10 +48,11 @@ class Podman(Machine):
     def inside(self, name: str = "web") -> Netns:
         return Netns(self.podman("inspect", "--format", "{{.NetworkSettings.SandboxKey}}", name))
 
-    def answers(self, port: int = 8080, families: tuple[int, ...] = (4, 6), name: str = "web") -> bool:
+    def answers(self, port: int = 8080, families: tuple[int, ...] = (4, 6), name: str = "web",
+                timeout: float = PATIENT) -> bool:
         """Whether a container's server answers on the host's addresses, and sees the client's own."""
         with Server(name, self.inside(name), 80):
-            return [exchange(self.client, HOST_IP[family], port) for family in families] == \
+            return [exchange(self.client, HOST_IP[family], port, timeout=timeout) for family in families] == \
                 [Saw(name, CLIENT_IP[family], 80) for family in families]
 
 

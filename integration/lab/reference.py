@@ -8,8 +8,9 @@ from typing import NamedTuple, Self
 
 from .calls import Answer, answer
 from .libcni_cache import Cache
+from .links import has_link
 from .namespaces import fresh_host, wire
-from .processes import run
+from .processes import run, until
 from .runtime import PLUGINS, Container, Network, bridge_conflist, call_process, plugins
 from .servers import PATIENT, exchange
 from .tables import TABLE
@@ -112,9 +113,10 @@ class Node:
         Cache(CACHE).forget(container)
 
     def kill(self, container: Container) -> None:
-        """The container's namespace goes, without DEL."""
+        """The container's namespace goes, without DEL, and the link that led there."""
         self.containers.remove(container)
         container.namespace.remove()
+        assert until(lambda: not has_link(container.link))
 
     def swap(self) -> None:
         """Exchange the plugin."""

@@ -19,7 +19,7 @@ def cnitool(need, tmp_path_factory):
         source.symlink_to(UNPACKED / f"cnitool-{release}")
         lab.run("env", "GO111MODULE=off", "CGO_ENABLED=0", "GOFLAGS=", f"GOPATH={folder / release}",
                 f"GOCACHE={UNPACKED}/go-cache", go, "build", "-o", folder / f"cnitool-{release}",
-                "github.com/containernetworking/cni/cnitool", timeout=300)
+                "github.com/containernetworking/cni/cnitool", timeout=900)
     return folder
 
 

@@ -74,7 +74,7 @@ def test_podman(podman, bin_dir):
         assert lab.until(lambda: lab.chains() == sorted(f"c/{each}/eth0" for each in ids), 60), agent.log
         assert podman.answers(8080, name="stays") and podman.answers(8082, name="comes")
         flush_ruleset()
-        assert lab.until(lambda: podman.answers(8080, name="stays"), 30), agent.log
+        assert lab.until(lambda: podman.answers(8080, name="stays"), 60), agent.log  # heals wait for 15 s by now
 
 
 @pytest.fixture(params=RELEASES)

@@ -76,7 +76,7 @@ class Box:
         assert not done.returncode or any(words in done.stderr for words in known), done
         return done.stderr
 
-    def answers(self, timeout=2.5):
+    def answers(self, timeout=lab.PATIENT):
         """Whom the server sees: from the LAN over IPv4 and IPv6, on localhost, and the container itself."""
         with lab.Server("box", self.namespace, 80), lab.Server("box", self.namespace, 53, "udp"):
             return [saw and saw.peer for saw in (

@@ -76,7 +76,7 @@ def libcni(need, tmp_path_factory):
     (folder / "convert.go").write_text(PROGRAM)
     lab.run("env", "GO111MODULE=off", "CGO_ENABLED=0", "GOFLAGS=", f"GOPATH={folder}", f"GOCACHE={UNPACKED}/go-cache",
             f"HOME={os.environ.get('HOME', '/root')}", go, "build", "-o", folder / "convert", folder / "convert.go",
-            timeout=300)
+            timeout=900)
     return folder / "convert"
 
 

@@ -35,6 +35,7 @@ class NerdctlContainer:
     def __init__(self, machine: Machine, network: lab.Network, name: str) -> None:
         self.machine, self.network, self.name = machine, network, name
         self._process: subprocess.Popen[str] | None = None
+        self._link = ""
         self.id = f"default-{secrets.token_hex(32)}"
 
     def create(self) -> None:
@@ -44,14 +45,16 @@ class NerdctlContainer:
         assert self._process.stdout
         self.path = f"/proc/{self._process.stdout.readline().strip()}/ns/net"
         self.network.delete(self.id, "", PORTS)
-        self.network.add(self.id, self.path, PORTS)
+        result = self.network.add(self.id, self.path, PORTS)
+        self._link = next(each["name"] for each in result["interfaces"] if each["name"].startswith("veth"))
 
     def kill(self) -> None:
-        """The process ends, and nobody says so."""
+        """The process ends, and its network with it, and nobody says so."""
         if self._process:
             self.machine.run("kill", "-9", self.path.split("/")[2])
             self._process.communicate()
             self._process = None
+            assert lab.until(lambda: not lab.has_link(self._link))
 
     def stop(self) -> None:
         """The process ends; postStop: detached."""

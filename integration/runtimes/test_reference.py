@@ -1,5 +1,4 @@
 """The reference plugin portmap is exchanged for this one while its containers run: Debian's 1.1.1, 1.6.2 and 1.9.1."""
-import concurrent.futures
 import contextlib
 import json
 import shutil
@@ -98,17 +97,19 @@ def test_delete_in_one_of_two_networks(node):
     assert not traces(web.id)
 
 
-class Delete:
-    """A late DEL of a container, as `lab.start_fork` makes it."""
+class Forked:
+    """What is said of a container by `lab.start_fork`; `late`: without prevResult and CNI_NETNS."""
 
-    def __init__(self, container):
-        self._container = container
+    def __init__(self, container, late=False):
+        self._container, self._late = container, late
 
     def environ(self, verb):
-        return {"CNI_COMMAND": verb, "CNI_CONTAINERID": self._container.id, "CNI_IFNAME": "eth0", "CNI_NETNS": ""}
+        return {"CNI_COMMAND": verb, "CNI_CONTAINERID": self._container.id, "CNI_IFNAME": "eth0",
+                "CNI_NETNS": "" if self._late else self._container.namespace.path}
 
     def stdin(self, verb):
-        return json.dumps(self._container.network.config())
+        its = self._container
+        return json.dumps(its.network.config() if self._late else its.network.config(its.ports, its.result))
 
 
 @pytest.mark.parametrize("node", [Reference("1.9.1", "iptables"), Reference("1.9.1", "nftables")], ids=str,
@@ -120,7 +121,7 @@ def test_delete_killed_at_any_system_call(node):
     node.swap()
     whole, at = len(rules_of(web)), 0
     while True:
-        fork = lab.start_fork("DEL", Delete(web), stop_at=at)
+        fork = lab.start_fork("DEL", Forked(web, late=True), stop_at=at)
         fork.answer()
         assert len(rules_of(web)) in (whole, 0), at
         if not fork.killed:
@@ -160,13 +161,12 @@ def test_add_waits_for_the_owner_to_leave(node):
     web, other = node.start("web", TCP), node.start("other")
     node.swap()
     other.ports = [TCP]
-    config = other.network.config(other.ports, other.result)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = pool.submit(lambda: lab.call_process(node.ours / "portmap", "ADD", config, other.id,
-                                                       other.namespace.path))
-        time.sleep(0.5)
-        assert not node.call("DEL", web).code
-        assert not waiting.result().returncode, waiting.result()
+    waiting = lab.start_fork("ADD", Forked(other), prepare=lab.wait_long)
+    time.sleep(0.5)
+    assert waiting.is_running()
+    assert not node.call("DEL", web).code
+    answer = waiting.answer()
+    assert not answer.code, answer
     with lab.Server("other", other, 80):
         assert node.answers(8080) == {4: "other", 6: "other"}
 
