@@ -84,7 +84,8 @@ class Attack:
     def call(self, stdin: bytes, environ: dict[str, str], *wrapped: object) -> Answer:
         """One call of the plugin with any input."""
         done = subprocess.run([str(word) for word in (*wrapped, self.host.executable)], input=stdin, check=False,
-                              env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environ}, capture_output=True, timeout=60)
+                              env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environ}, capture_output=True,
+                              timeout=300)
         return answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
     def _odd(self) -> Any:
@@ -239,7 +240,7 @@ class Attack:
 
     def _command(self, *words: object) -> int:
         done = subprocess.run([str(word) for word in (self.host.cli, *words)], capture_output=True, text=True,
-                              check=False, timeout=60)
+                              check=False, timeout=300)
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done
         return done.returncode
 

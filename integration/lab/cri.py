@@ -36,7 +36,7 @@ class Cri:
         self._channel = grpc.insecure_channel(f"unix:///proc/{threading.get_native_id()}/root{path}", [
             ("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500)])
-        grpc.channel_ready_future(self._channel).result(timeout=60)
+        grpc.channel_ready_future(self._channel).result(timeout=300)
         assert until(self._is_initialized, 60)
 
     def __call__(self, method: str, service: str = "RuntimeService", **request: Any) -> Any:
@@ -44,7 +44,7 @@ class Cri:
         question, answer = (getattr(self._messages, f"{method}{kind}") for kind in ("Request", "Response"))
         call = self._channel.unary_unary(f"/runtime.v1.{service}/{method}", question.SerializeToString,
                                          answer.FromString)
-        return MessageToDict(call(ParseDict(request, question()), timeout=60), preserving_proto_field_name=True)
+        return MessageToDict(call(ParseDict(request, question()), timeout=300), preserving_proto_field_name=True)
 
     def _is_initialized(self) -> bool:
         """Whether it has recovered what it knew: containerd serves before (containerd#8468)."""

@@ -97,7 +97,7 @@ class Userland:
         """A command, to be run in the machine."""
         return ["nsenter", "-t", str(self.pid), "-p", "-m", "--", *map(str, words)]
 
-    def run(self, *words: object, check: bool = True, input: str | None = None, timeout: float = 60) -> str:
+    def run(self, *words: object, check: bool = True, input: str | None = None, timeout: float = 300) -> str:
         return run(*self.command(*words), check=check, input=input, timeout=timeout)
 
     def shell(self, commands: str) -> str:
@@ -109,7 +109,7 @@ class Userland:
 
     def fails(self, *words: object) -> str:
         """The output of a command that must fail."""
-        done = subprocess.run(self.command(*words), text=True, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(self.command(*words), text=True, capture_output=True, timeout=300, check=False)
         assert done.returncode, f"{words} succeeded: {done.stdout}"
         return done.stdout + done.stderr
 
@@ -160,7 +160,7 @@ class Daemon:
 
     def stop(self, signal: str = "TERM") -> None:
         self._machine.run("sh", "-c", f"kill -{signal} $(cat {self._pid_file})")
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=300)
 
     def has_ended(self) -> bool:
         return self._process.poll() is not None

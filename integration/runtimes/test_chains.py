@@ -71,7 +71,7 @@ class Box:
         """What the plugins say on stderr."""
         done = subprocess.run(self.machine.command(
             "env", f"CNI_PATH=/opt/cni/bin:{NEWER_PLUGINS}", f"CAP_ARGS={json.dumps({'portMappings': PORTS})}",
-            "cnitool", verb, "chain", self.namespace.path), capture_output=True, text=True, timeout=60, check=False)
+            "cnitool", verb, "chain", self.namespace.path), capture_output=True, text=True, timeout=300, check=False)
         known = [KNOWN[verb, name] for name in self.names if (verb, name) in KNOWN]
         assert not done.returncode or any(words in done.stderr for words in known), done
         return done.stderr
