@@ -50,6 +50,7 @@ class TestPaths:
         with lab.Server("web", pod.inside, 80), lab.Server("web", pod.inside, 53, "udp"):
             yield ["10.244.0.1", "fd44::1"]
         pod.stop()
+        node.cri("RemovePodSandbox", pod_sandbox_id=pod.id)  # its name is another's then
 
     @pytest.mark.parametrize(("source", "ip", "port", "protocol", "seen"), [
         ("client", HOST_IP[4], 8080, "tcp", CLIENT_IP[4]),
