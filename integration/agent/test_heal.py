@@ -180,7 +180,7 @@ def test_a_copy_of_long_ago(host, agent):
 def test_what_our_own_calls_remove_stays_removed(host, agent, how):
     """DEL, GC and the command are known by the name of their process, whatever file they were started from."""
     pods = Pod("web", "8080:80"), Pod("db", "5432:5432")
-    (host.add_for_nobody if how == "gc" else host.add)(pods[0])
+    (host.add_without_link if how == "gc" else host.add)(pods[0])
     host.add(pods[1])
     if how == "DEL":
         host.delete(pods[0])
@@ -262,7 +262,7 @@ def test_deleted_while_lost(host, tmp_path):
 
 def test_dead_while_lost(host, agent):
     """A container that ended while the table was gone does not keep its port."""
-    host.add_for_nobody(Pod("web", "8080:80"))
+    host.add_without_link(Pod("web", "8080:80"))
     host.add(Pod("other", "7000:70"))
     with lab.held_lock():
         flush()
@@ -624,7 +624,7 @@ def test_wrong_usage(host, options):
 def test_gc(host):
     """An owner that was dead twice loses its ports; a living one and an unknown one keep theirs."""
     host.add(Pod("web", "8080:80"))
-    host.add_for_nobody(Pod("dead", "7000:70"))
+    host.add_without_link(Pod("dead", "7000:70"))
     with Agent(host.cli, "--gc-seconds", 0.3) as agent:
         assert lab.until(lambda: lab.chains() == [Pod("web").chain]), agent.log
         assert agent.logs("removed container dead")
@@ -634,7 +634,7 @@ def test_gc(host):
 
 def test_gc_never_by_default(host, agent):
     """--gc-seconds 0."""
-    host.add_for_nobody(Pod("dead", "7000:70"))
+    host.add_without_link(Pod("dead", "7000:70"))
     time.sleep(1)
     assert lab.chains()
 

@@ -1,6 +1,5 @@
 """cni-portmap publish beside an agent: no runtime knows of those ports, so only the agent can restore them."""
 import pathlib
-import time
 
 import lab
 import pytest
@@ -42,12 +41,12 @@ def test_what_unpublish_removes_does_not(clinic):
     assert not clinic.command("unpublish", "web").returncode
     lab.nft_script("flush ruleset")
     assert lab.until(lambda: lab.table() == before), clinic.agent.log
-    time.sleep(0.5)
+    clinic.agent.catch_up()
     assert lab.table() == before and not clinic.answers(port=9090)
     publish(clinic, "web", "9090:80")
     clinic.network.delete(clinic.web.id, clinic.web.namespace.path, clinic.web.ports)
     lab.nft_script("flush ruleset")
-    time.sleep(0.5)
+    clinic.agent.catch_up()
     assert "/web" not in lab.table()
 
 

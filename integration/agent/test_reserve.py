@@ -89,7 +89,7 @@ def test_whoever_has_it_keeps_it(host, agent):
 
 def test_an_owner_is_replaced(host, agent):
     """An ADD in place of a dead owner finds the port free for conmon; hostPortInUse: refuse does not mean the agent."""
-    host.add_for_nobody(Pod("dead", "8080:80"))
+    host.add_without_link(Pod("dead", "8080:80"))
     assert lab.until(lambda: ("tcp", "", 8080) in seen())
     host.add(Pod("web", "8080:80", hostPortInUse="refuse"))
     agent.pause()  # else it would be free for three seconds only
@@ -134,7 +134,7 @@ def test_soft_limit(host):
 def test_more_ports_than_descriptors(host):
     """Some are left for healing, and for the look at what was deleted meanwhile."""
     host.add(Pod("web", *(f"{8000 + i}:80" for i in range(100))))
-    host.add_for_nobody(Pod("db", "5432:5432"))
+    host.add_without_link(Pod("db", "5432:5432"))
     with Agent(host.cli, "--reserve", within=("prlimit", "--nofile=128:128")) as agent:
         assert lab.until(lambda: len(os.listdir(f"/proc/{agent.process.pid}/fd")) >= 60)
         with lab.held_lock():
