@@ -419,7 +419,7 @@ def test_waits_for_the_bundles_installer(site):
                                     "--sbin-dir", site.sbin], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == f"waiting for another installer, which has locked {theirs}\n"
         assert not (site.bin / "portmap").exists() and stat.S_IMODE(ours.stat().st_mode) == 0o600
-    assert "installed" in process.communicate(timeout=60)[0] and works(site.bin / "portmap")
+    assert "installed" in process.communicate(timeout=300)[0] and works(site.bin / "portmap")
 
 
 def broken_python(site, tmp_path):

@@ -196,8 +196,10 @@ def start_fork(verb: str, what: "Pod | GcCall", **options: Any) -> Fork:
 
 
 def wait_long() -> None:
-    """Wait a minute for a living owner, in a fork: however late the others come, it still waits."""
+    """In a fork: wait a minute for a living owner, and ten for the lock. However late the others are, it still waits.
+    """
     add.OWNER_SECONDS = add.ALL_SECONDS = 60
+    kernel.LOCK_SECONDS = 600
 
 
 def fork(verb: str, what: "Pod | GcCall", **options: Any) -> Answer:
