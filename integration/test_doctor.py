@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import socket
 import subprocess
@@ -38,6 +39,10 @@ def inside(clinic, *words):
 
 def sysctl(name, value):
     lab.sysctl(name, value)
+
+
+# Ports that are not published here: doctor looks at the namespaces of all processes, so at those of tests beside these.
+NOBODYS, ELSEWHERES, CONTAINERS_OWN, DOCKERS, PROCESSES = random.sample(range(20000, 30000), 5)
 
 
 # --- what breaks it --------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ def without_gateway(clinic, **changes):
 
 
 def serve_here(clinic):
-    clinic._stack.enter_context(lab.Server("host", lab.HOST, 18090))
+    clinic._stack.enter_context(lab.Server("host", lab.HOST, PROCESSES))
 
 
 def publish_elsewhere(clinic):
@@ -167,7 +172,7 @@ def publish_elsewhere(clinic):
                 "map hostip4_hostports { typeof ip daddr . meta l4proto . th dport : verdict; }; "
                 "map hostip6_hostports { typeof ip6 daddr . meta l4proto . th dport : verdict; }; "
                 "chain c/rootless1/eth0 { }; }; "
-                "add element inet cni_portmap hostports { ipv4 . tcp . 18473 : goto c/rootless1/eth0 }")
+                f"add element inet cni_portmap hostports {{ ipv4 . tcp . {ELSEWHERES} : goto c/rootless1/eth0 }}")
     process = subprocess.Popen(["nsenter", f"--net={other.path}", "sleep", "60"])
     clinic._stack.callback(process.wait)
     clinic._stack.callback(process.kill)
@@ -244,14 +249,16 @@ class Case:
 
 
 CASES = {
-    "not published": Case("not-published", words=("18473",), names=["18473/tcp"]),
+    "not published": Case("not-published", words=(f"{NOBODYS}",), names=[f"{NOBODYS}/tcp"]),
     "udp asked": Case("published-other-protocol", words=("8080/udp",), names=["udp", "tcp"]),
-    "container's port asked": Case("container-port-asked", words=("18081",), names=["18081", "8080"],
-                                   ports=[{"hostPort": 8080, "containerPort": 18081, "protocol": "tcp"}], serve=False),
+    "container's port asked": Case(
+        "container-port-asked", words=(f"{CONTAINERS_OWN}",), names=[f"{CONTAINERS_OWN}", "8080"],
+        ports=[{"hostPort": 8080, "containerPort": CONTAINERS_OWN, "protocol": "tcp"}], serve=False),
     "Docker publishes it": Case(
         "published-by-other", iptables("-t nat -N DOCKER", "-t nat -A PREROUTING -j DOCKER",
-                                       "-t nat -A DOCKER -p tcp --dport 18090 -j DNAT --to-destination 172.17.0.2:80",
-                                       program="iptables-nft"), ("18090",), names=["Docker", "172.17.0.2"]),
+                                       f"-t nat -A DOCKER -p tcp --dport {DOCKERS} -j DNAT "
+                                       "--to-destination 172.17.0.2:80",
+                                       program="iptables-nft"), (f"{DOCKERS}",), names=["Docker", "172.17.0.2"]),
     "localhost only": Case("listens-on-localhost", only_localhost, serve=False, names=["labnet, eth0"]),
     "another port": Case("nobody-listens", other_port, serve=False, names=["8000", "80/tcp"]),
     "nobody": Case("nobody-listens", serve=False),
@@ -382,8 +389,8 @@ CASES = {
     "no gateway asked for, no default route": Case(
         "network-without-gateway", lambda clinic: (without_gateway(clinic), ip("route", "del", "default")),
         names=["cni0", "second network"], subnets=("10.88.0.0/16",)),
-    "host's process": Case("host-process", serve_here, ("18090",), severity="info"),
-    "published elsewhere": Case("published-in-other-namespace", publish_elsewhere, ("18473",),
+    "host's process": Case("host-process", serve_here, (f"{PROCESSES}",), severity="info"),
+    "published elsewhere": Case("published-in-other-namespace", publish_elsewhere, (f"{ELSEWHERES}",),
                                 names=["sleep", "rootless1"]),
     "macvlan": Case("no-bridge", macvlan, names=["macvlan"], subnets=("10.88.0.0/16",), beside=["forwarding-off"]),
     "tap": Case("no-bridge", tap, names=["a program"], subnets=("10.88.0.0/16",)),
@@ -653,9 +660,8 @@ def test_probe(bin_dir):
 def test_a_probe_that_looks_late(bin_dir, monkeypatch):
     """On a busy host the process may go on only when its time is over: what has come by then counts."""
     def late():
-        now = time.monotonic()
         time.sleep(1.2)
-        return now
+        return time.monotonic()
     monkeypatch.setattr(probe, "time", types.SimpleNamespace(monotonic=late))
     with Clinic(bin_dir) as clinic:
         source, container = (socket.inet_aton(address) for address in ("10.88.0.1", clinic.web.ipv4))

@@ -167,8 +167,8 @@ def test_a_stranger_gets_nothing(host):
 
     def wait_for_the_last() -> None:
         wait = Kernel.wait_for
-        Kernel.wait_for = lambda kernel, owner, handle, seconds: \
-            wait(kernel, owner, handle, 60 if owner.chain == last.chain else seconds)
+        Kernel.wait_for = lambda kernel, owner, seconds: \
+            wait(kernel, owner, 60 if owner.chain == last.chain else seconds)
     stranger = lab.start_fork("ADD", Pod("stranger", "8080:80"), prepare=wait_for_the_last)
     host.delete(last)
     reply = stranger.answer()
