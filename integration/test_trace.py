@@ -182,20 +182,23 @@ def listens(pid):
     return any(port == str(pid) and int(groups, 16) for _, _, port, groups, *_ in sockets)
 
 
-def test_others_are_left_alone(bin_dir):
+def test_others_are_left_alone(bin_dir, tmp_path):
     """Only packets of the port are marked: the kernel tells of no other."""
     with Clinic(bin_dir) as clinic:
         trace = Trace(clinic, bin_dir)
-        monitor = subprocess.Popen(["stdbuf", "-oL", "nft", "monitor", "trace"], stdout=subprocess.PIPE, text=True)
+        told = tmp_path / "told"
+        with told.open("w") as file:
+            monitor = subprocess.Popen(["stdbuf", "-oL", "nft", "monitor", "trace"], stdout=file)
         assert lab.until(lambda: listens(monitor.pid))
         with lab.Server("other", lab.HOST, 9999):
             for _ in range(20):
                 assert lab.exchange(clinic.client, "192.0.2.1", 9999)
         assert clinic.answers()
         trace.story()
+        assert lab.until(lambda: "dport 8080" in told.read_text())
         monitor.terminate()
-        told = monitor.communicate()[0]
-        assert "dport 8080" in told and "9999" not in told
+        monitor.wait()
+        assert "9999" not in told.read_text()
 
 
 def test_container_that_is_gone(bin_dir):
