@@ -158,9 +158,9 @@ def test_deleted_by_force(cluster, clean):
     assert lab.until(lambda: says_hello(cluster.client, HOST_IP[4], 8080), 60)
     cluster.inside_pod("last")
     cluster.kubectl("delete", "pod", "last", "--grace-period=0", "--force")
-    run_web(cluster, "next")
-    assert lab.until(lambda: len(lab.chains()) == 1 and cluster.sandboxes("next")[0]["id"] in lab.table())
-    assert refusals(cluster) == []
+    cluster.apply("Pod", "next", pod_spec(port(8080), command=WEB))
+    assert lab.until(lambda: lab.chains() == [f"c/{each['id']}/eth0" for each in cluster.sandboxes("next")] != [], 60)
+    assert lab.until(lambda: says_hello(cluster.client, HOST_IP[4], 8080)) and refusals(cluster) == []
 
 
 def test_restarts_and_flush(cluster, clean):
