@@ -1,5 +1,6 @@
 """The module that touches the kernel, as far as it goes without root: its failures, its lock, what it leaves."""
 import errno
+import faulthandler
 import fcntl
 import json
 import os
@@ -157,7 +158,7 @@ def test_elements_of(monkeypatch, references, wanted, listed):
 
 @pytest.mark.parametrize("run, says", [
     (lambda text, dry: "", ""), (lambda text, dry: f"no {text} {dry}", "no é True"),
-    (lambda text, dry: os.abort(), "aborted"),
+    (lambda text, dry: faulthandler.disable() or os.abort(), "aborted"),  # pytest would print it like a failure
     (lambda text, dry: 1 / 0, "aborted"), (lambda text, dry: "x" * 100_000, "x" * 4096)])
 def test_a_dry_run_apart_survives_what_nft_does_not(monkeypatch, run, says):
     """On some words libnftables aborts the process: it is a child's, and the runtime gets its answer."""
